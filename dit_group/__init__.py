@@ -1,0 +1,1 @@
+"""Turns a request into latents on the denoising ranks."""

@@ -1,0 +1,1 @@
+"""Model code that diffusers lacks: plain modules that know nothing of parallelism."""

@@ -1,0 +1,1 @@
+"""Turns latents into frames on the decoding ranks."""
