@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from diffusers import (
@@ -186,17 +187,16 @@ Scale = tuple[float, float]
 def _fill(model: torch.nn.Module, component: str, seed: int, scale: Callable[[str, torch.Tensor], Scale]) -> None:
     """Overwrite every parameter with uniform noise of the mean and deviation that `scale(name, parameter)` gives.
 
-    Uniform, because `torch.rand` only scales integers: the bytes are the same on every CPU, which the logarithms and
-    cosines behind normal noise do not promise. Each parameter has a stream of its own, so that adding a block leaves
-    the other blocks as they were.
+    Uniform, because that only scales integers: the bytes are the same on every CPU, which the logarithms and cosines
+    behind normal noise do not promise. Each parameter has a stream of its own, so that adding a block leaves the
+    other blocks as they were. NumPy's streams, because torch's CPU generator uses the low 32 bits of a seed only.
     """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             mean, std = scale(name, parameter)
             stream = zlib.crc32(f"{component}.{name}".encode())
-            generator = torch.Generator().manual_seed((seed << 32) + stream)
-            noise = torch.rand(parameter.shape, generator=generator).sub_(0.5)
-            parameter.copy_(noise.mul_(math.sqrt(12.0) * std).add_(mean))
+            noise = np.random.default_rng([seed, stream]).random(tuple(parameter.shape), dtype=np.float32)
+            parameter.copy_(torch.from_numpy(noise).sub_(0.5).mul_(math.sqrt(12.0) * std).add_(mean))
 
 
 def _fan_in(weight: torch.Tensor) -> int:
@@ -224,6 +224,8 @@ def _transformer_scale(name: str, parameter: torch.Tensor) -> Scale:
     if name.endswith("bias"):
         return 0.0, 0.3 if "norm" in name else 0.1
     if parameter.ndim == 1:  # sharper attention through the query and key norms: masks and key order must bite
+        if "norm_added_k" in name:  # a few text tokens among many of video: they too must draw attention
+            return 2.5, 0.1
         return (1.5, 0.1) if "attn.norm" in name else (1.0, 0.1)
     fan_in = _fan_in(parameter)
     if "norm" in name:  # adaLN: shifts, scales and gates of about 0.5, none of them zero
@@ -320,7 +322,10 @@ def _trainer(**options: Any) -> trainers.BpeTrainer:
 
 # --- command line ----------------------------------------------------------------------------------------------------
 
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
+
+@app.command()
 def main(
     model: Annotated[str, typer.Option(help=f"one of: {', '.join(MODELS)}")],
     output: Annotated[Path, typer.Option(help="directory to create")],
@@ -329,7 +334,7 @@ def main(
 ) -> None:
     """Write a tiny random checkpoint of a model's real classes."""
     if model not in MODELS:
-        raise typer.BadParameter(f"model={model!r} is unknown, known are {', '.join(MODELS)}")
+        raise typer.BadParameter(f"{model!r} is unknown, known are: {', '.join(MODELS)}", param_hint="--model")
     try:
         path = MODELS[model](output, seed=seed, **({} if heads is None else {"heads": heads}))
     except (ValueError, FileExistsError) as error:
@@ -340,6 +345,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False)
-    app.command()(main)
     app()
