@@ -1,0 +1,65 @@
+"""What a model family must offer, and the table of families. Adding a model is one file and one line here."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import msgspec
+from torch import Tensor
+
+from dit_group.worker import Denoiser
+from pipelines.checkpoint import Checkpoint
+from vae_group.worker import Decoder
+from videopipe.config import Config
+from videopipe.geometry import LatentGeometry
+from videopipe.records import VideoRequest
+from videopipe.runtime import Runtime
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What the checkpoint's config files alone tell, before any weight is read.
+
+    `attention_layers` self-attention layers that exchange q, k, v and the output; `branches` evaluations of the DiT
+    per step that a request may need (2 with true CFG).
+    """
+
+    family: str
+    geometry: LatentGeometry
+    num_heads: int
+    head_dim: int
+    attention_layers: int
+    text_tokens: int
+
+
+class TextEncoder(Protocol):
+    """A family's text encoders, loaded on this rank."""
+
+    def encode(self, request: VideoRequest, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Conditioning by name, on the host; what the caller gave is not encoded again."""
+
+
+class Family(Protocol):
+    """A model family: how its parts are described, loaded and joined."""
+
+    name: str
+
+    def facts(self, checkpoint: Checkpoint) -> ModelFacts:
+        """Sizes from the config files.
+
+        Raises:
+            ValueError: not a checkpoint of this family.
+        """
+
+    def check_request(self, request: VideoRequest, facts: ModelFacts, where: str = "") -> None:
+        """Refuse what this model cannot render, naming the nearest valid value."""
+
+    def load_text_encoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> TextEncoder:
+        """Load the text encoders onto the rank's device."""
+
+    def load_denoiser(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Denoiser:
+        """Load the DiT onto the rank's device, sharded over the DiT group."""
+
+    def load_decoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Decoder:
+        """Load the VAE onto the rank's device."""
+
+
+FAMILIES = {"hunyuan-video": "pipelines.hunyuan_video:HunyuanVideo"}
