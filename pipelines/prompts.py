@@ -74,6 +74,10 @@ def read_prompt_file(path: Path, defaults: RequestDefaults) -> list[VideoRequest
     lines_of_ids: dict[str, int] = {}
     for line, fields in READERS[path.suffix.lower()](text, path):
         where = f"{path}:{line}: "
+        for field in ("fps", "guidance_scale", "true_cfg_scale"):
+            value = getattr(fields, field)
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"{where}{field}={value} must be finite, nearest is {getattr(defaults, field)}")
         request = _request(len(requests), fields, defaults)
         if not request.prompt.strip():
             raise ValueError(f"{where}prompt={request.prompt!r} is empty")
@@ -161,17 +165,12 @@ def _prompt_line(item: dict[str, object], where: str, *, strict: bool) -> Prompt
     for key in item:
         _check_key(key, where)
     try:
-        line = msgspec.convert(item, PromptLine, strict=strict)
+        return msgspec.convert(item, PromptLine, strict=strict)
     except msgspec.ValidationError as error:
         # msgspec names the path but not the value
         reason, _, field = str(error).partition(" - at `$.")
         field = field.rstrip("`")
         raise ValueError(f"{where}{field}={item[field]!r}: {reason}" if field else f"{where}{reason}") from error
-    for field in ("fps", "guidance_scale", "true_cfg_scale"):
-        value = getattr(line, field)
-        if value is not None and not math.isfinite(value):
-            raise ValueError(f"{where}{field}={value} must be finite")
-    return line
 
 
 def _check_key(key: str, where: str) -> None:

@@ -107,7 +107,7 @@ def test_equal_prompts_have_their_own_ids(tmp_path: Path) -> None:
         ("p.csv", "prompt,seed,seed\na,1,2\n", "p.csv:1: column 'seed' appears twice"),
         ("p.csv", "prompt,seed\na,1\nb,x\n", "p.csv:3: seed='x': Expected `int | null`, got `str`"),
         ("p.csv", "prompt,seed\na,1.5\n", "p.csv:2: seed='1.5': Expected `int | null`"),
-        ("p.csv", "prompt,guidance_scale\na,nan\n", "p.csv:2: guidance_scale=nan must be finite"),
+        ("p.csv", "prompt,guidance_scale\na,nan\n", "p.csv:2: guidance_scale=nan must be finite, nearest is 6.0"),
         ("p.csv", "prompt,seed\na fox, red,1\n", "p.csv:2: 3 cells, the header has 2; quote a cell"),
         ("p.csv", "prompt,seed\na\n", "p.csv:2: 1 cells, the header has 2"),
         ("p.csv", 'prompt\n"a\n', "p.csv:2: unexpected end of data"),

@@ -158,6 +158,36 @@ def test_chrome_trace_has_a_row_for_each_rank(tmp_path: Path) -> None:
     assert [e["name"] for e in spans if e["tid"] == 0][:2] == ["denoise 0", "denoise 1"]
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(some_spans)
+def test_spans_of_a_chrome_row_nest(tmp_path_factory: pytest.TempPathFactory, spans: list[Span]) -> None:
+    trace = Trace()
+    trace.add(spans)
+    path = tmp_path_factory.mktemp("trace") / "t.json"
+    drawn = [e for e in json.loads(trace.write_chrome(path).read_text())["traceEvents"] if e["ph"] == "X"]
+    assert sorted(e["tid"] % 1_000_000 for e in drawn) == sorted(s.rank for s in spans)
+    for i, a in enumerate(drawn):
+        for b in drawn[i + 1 :]:
+            if a["tid"] == b["tid"]:
+                a_end, b_end = round(1000 * (a["ts"] + a["dur"])), round(1000 * (b["ts"] + b["dur"]))
+                assert b_end <= a_end or a_end <= round(1000 * b["ts"])
+
+
+def test_a_send_beside_a_step_gets_its_own_row(tmp_path: Path) -> None:
+    trace = Trace({0: "dit"})
+    trace.add([span("denoise", "b", 0, 0, 2, 0), span("send", "a", 0, 1, 3), span("denoise", "b", 0, 2, 4, 1)])
+    trace.add([span("exchange", "b", 0, 2, 3)])  # inside the second step: stays in its row
+    events = json.loads(trace.write_chrome(tmp_path / "t.json").read_text())["traceEvents"]
+    assert {e["name"]: e["tid"] for e in events if e["ph"] == "X"} == {
+        "denoise 0": 0,
+        "send": 1_000_000,
+        "denoise 1": 0,
+        "exchange": 0,
+    }
+    labels = [e["args"]["name"] for e in events if e["name"] == "thread_name"]
+    assert labels == ["rank 0 (dit)", "rank 0 (dit), beside"]
+
+
 def test_recorder_gives_spans_in_the_order_they_end() -> None:
     recorder = SpanRecorder(rank=2)
     before = time.monotonic_ns()

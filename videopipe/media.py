@@ -164,12 +164,11 @@ class VideoWriter:
             raise ValueError(f"{self.path}: num_frames=0, nearest is 1")
         try:
             self._container.mux(self._stream.encode(None))
-            self._closed = True
             self._container.close()
             commit(self._part, self.path)
-        finally:
             self._closed = True
-            remove(self._part)
+        finally:
+            self.abort()  # does nothing after a good end
 
     def abort(self) -> None:
         """Drop what was written; the file never appears."""

@@ -195,27 +195,23 @@ class Trace:
         """Write the spans as Chrome trace event JSON, for Perfetto or chrome://tracing.
 
         One process named `run`, one thread for each rank ("rank 0 (dit)"), microseconds since the first span began.
+        Viewers cannot draw two spans of one thread that overlap without one holding the other, such as a send beside a
+        denoising step: the later one goes to an extra row of its rank ("rank 0 (dit), beside").
 
         Raises:
             OSError: cannot be written; an earlier file stays.
         """
-        ranks = self._ranks()
         origin = min((span.start_ns for span in self.spans), default=0)
-        events: list[dict[str, object]] = [
-            {"ph": "M", "pid": 0, "tid": 0, "name": "process_name", "args": {"name": run}}
-        ]
-        for rank in ranks:
-            label = {"name": rank_label(rank, self.rank_names)}
-            events.append({"ph": "M", "pid": 0, "tid": rank, "name": "thread_name", "args": label})
-            events.append({"ph": "M", "pid": 0, "tid": rank, "name": "thread_sort_index", "args": {"sort_index": rank}})
-        # of two spans that begin together the longer one comes first: viewers draw it around the other
+        spans: list[dict[str, object]] = []
+        row_ends: dict[int, list[list[int]]] = {rank: [[]] for rank in self._ranks()}  # ends of open spans, by row
+        # of two spans that begin together the longer one comes first: it holds the other
         for span in sorted(self.spans, key=lambda s: (s.start_ns, -s.end_ns)):
             known = {"request": span.request, "step": span.step}
-            events.append(
+            spans.append(
                 {
                     "ph": "X",
                     "pid": 0,
-                    "tid": span.rank,
+                    "tid": _row_id(span.rank, _fitting_row(row_ends[span.rank], span)),
                     "name": span.stage if span.step is None else f"{span.stage} {span.step}",
                     "cat": span.stage,
                     "ts": (span.start_ns - origin) / 1000,
@@ -223,7 +219,16 @@ class Trace:
                     "args": {key: value for key, value in known.items() if value is not None},
                 }
             )
-        write_bytes(path, msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms"}))
+        names: list[dict[str, object]] = [
+            {"ph": "M", "pid": 0, "tid": 0, "name": "process_name", "args": {"name": run}}
+        ]
+        for rank, rows in row_ends.items():
+            for row in range(len(rows)):
+                thread = {"ph": "M", "pid": 0, "tid": _row_id(rank, row)}
+                label = rank_label(rank, self.rank_names) + (", beside" if row else "")
+                names.append({**thread, "name": "thread_name", "args": {"name": label}})
+                names.append({**thread, "name": "thread_sort_index", "args": {"sort_index": rank * 100 + row}})
+        write_bytes(path, msgspec.json.encode({"traceEvents": names + spans, "displayTimeUnit": "ms"}))
         return path
 
     def busy_seconds(self, stage: str, request: str | None = None) -> float:
@@ -314,3 +319,19 @@ def union_ns(spans: Iterable[Span]) -> int:
 def rank_label(rank: int, names: Mapping[int, str]) -> str:
     """`rank 0 (dit)`, or `rank 0` where it has no name."""
     return f"rank {rank} ({names[rank]})" if rank in names else f"rank {rank}"
+
+
+def _fitting_row(rows: list[list[int]], span: Span) -> int:
+    """Index of the first row whose open spans all hold `span`, which is then open there; a new row if there is none."""
+    for index, ends in enumerate(rows):
+        while ends and ends[-1] <= span.start_ns:
+            ends.pop()
+        if not ends or span.end_ns <= ends[-1]:
+            ends.append(span.end_ns)
+            return index
+    rows.append([span.end_ns])
+    return len(rows) - 1
+
+
+def _row_id(rank: int, row: int) -> int:
+    return rank + 1_000_000 * row
