@@ -42,8 +42,8 @@ class Checkpoint(msgspec.Struct, frozen=True):
             return local / name
         if local.is_absolute() or self.location.startswith(".") or self.location.count("/") != 1:
             raise CheckpointError(f"model.weights={self.location!r} is neither a directory nor a hub id like 'owner/name'")
-        from huggingface_hub import hf_hub_download  # noqa: PLC0415 - only a hub id needs it
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             return Path(hf_hub_download(self.location, name, revision=self.revision))

@@ -6,6 +6,7 @@ messages, and the ranks' reports into its events.
 
 import contextlib
 import datetime
+import math
 import os
 import queue
 import select
@@ -13,6 +14,7 @@ import shutil
 import socket
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -35,9 +37,10 @@ from videopipe.control import ControlServer
 from videopipe.handover import claim
 from videopipe.queue import BoundedQueue
 from videopipe.records import SideCar, StageTime, VideoRequest
-from videopipe.trace import Trace
+from videopipe.trace import Span, Trace
 
 TICK_MS = 100
+MAX_TRACE_SPANS = 400_000
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,7 +116,8 @@ class _Record:
         self.queue_wait_s = 0.0
         self.conditioning_bytes = 0
         self.conditioning_transfer = 0
-        self.step = 0
+        self.cancelled = False
+        self.seconds: defaultdict[tuple[str, int], float] = defaultdict(float)  # by stage and rank
 
 
 class Engine:
@@ -162,6 +166,8 @@ class Engine:
         os.set_blocking(self._wake_write, False)
         self._faults = faults.FaultDetector(config.faults, tuple(range(config.world_size)), time.monotonic())
         self._thread = threading.Thread(target=self._run, name="videopipe-engine", daemon=True)
+        self._kept: list[object] = []
+        self._listeners: list[Callable[[str, int], None]] = []
         self._close_lock = threading.Lock()
         self._closed = False
 
@@ -192,6 +198,7 @@ class Engine:
             RuntimeError: the engine is closed.
         """
         todo = list(jobs)
+        self._check(todo)
         batch = Batch(self, todo)
         if self._failure is not None:
             raise self._failure
@@ -200,11 +207,43 @@ class Engine:
         self.tell("submit", (batch, todo))
         return batch
 
+    def _check(self, jobs: list[Job]) -> None:
+        seen = set(self._records)
+        for index, job in enumerate(jobs):
+            request = job.request
+            if request.id in seen:
+                raise ValueError(f"requests[{index}].id={request.id!r} is already under way, give each request its own id")
+            seen.add(request.id)
+            latent_bytes = self._latent_bytes(request)
+            if latent_bytes > self.config.queue.capacity_bytes:
+                raise ValueError(
+                    f"queue.capacity_bytes={self.config.queue.capacity_bytes} cannot hold the latents of "
+                    f"{request.id!r}, nearest is {latent_bytes}"
+                )
+
+    def _latent_bytes(self, request: VideoRequest) -> int:
+        return 4 * math.prod(self.facts.geometry.latent_shape(request.spec))  # float32
+
     def tell(self, what: str, argument: Any = None) -> None:
         """Hand something to the engine's thread."""
         self._inbox.put((what, argument))
         with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake up anyway; closed: nobody listens
             os.write(self._wake_write, b"x")
+
+    def keep(self, resource: object) -> None:
+        """Hold something alive as long as the engine, such as the rendezvous store."""
+        self._kept.append(resource)
+
+    @contextlib.contextmanager
+    def listening(self, listener: Callable[[str, int], None] | None) -> Iterator[None]:
+        """Call `listener(request, step)` for every completed step, from the engine's thread, within the block."""
+        if listener is not None:
+            self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            if listener is not None:
+                self._listeners.remove(listener)
 
     @property
     def pids(self) -> dict[int, int]:
@@ -306,23 +345,27 @@ class Engine:
                 batch, jobs = argument
                 for job in jobs:
                     self._records[job.request.id] = _Record(job, batch, time.monotonic())
-                    shape = self.facts.geometry.latent_shape(job.request.spec)
                     self._on(
                         plan.Submitted(
                             request=job.request.id,
                             num_steps=job.request.num_inference_steps,
-                            latent_bytes=4 * int(np.prod(shape)),
+                            latent_bytes=self._latent_bytes(job.request),
                         )
                     )
             case "delivered":
                 self._on(plan.Delivered(request=argument))
             case "cancel":
-                self._on(plan.Cancelled(request=argument))
-                self._records.pop(argument, None) if argument not in self._busy() else None
+                record = self._records.get(argument)
+                if record is not None:
+                    record.cancelled = True
+                    self._on(plan.Cancelled(request=argument))
+                    self._forget_cancelled()
 
-    def _busy(self) -> set[str]:
-        """Requests about which ranks may still report."""
-        return set(self._records) if not self._scheduler.idle else set()
+    def _forget_cancelled(self) -> None:
+        """Drop the records of cancelled requests that no rank will report about any more."""
+        for request, record in list(self._records.items()):
+            if record.cancelled and not self._scheduler.knows(request):
+                del self._records[request]
 
     def _take(self, rank: int, envelope: wire.Envelope, payload: bytes | None) -> None:
         now = time.monotonic()
@@ -334,7 +377,7 @@ class Engine:
             spans = tuple(
                 msgspec.structs.replace(s, start_ns=s.start_ns + offset, end_ns=s.end_ns + offset) for s in spans
             )
-        self.trace.add(spans)
+        self._note_spans(spans)
         if isinstance(message, wire.Heartbeat):
             self._faults.alive(rank, now, message)
             return
@@ -358,8 +401,9 @@ class Engine:
                     release = wire.Release(request=message.request, what="conditioning")
                     self._server.send(self.topology.encoder_rank, release)
                 record = self._records[message.request]
-                record.step = message.step + 1
                 self._note("step", message.request, message.step, record.job.request.num_inference_steps)
+                for listener in list(self._listeners):
+                    listener(message.request, message.step)
                 self._on(plan.StepDone(request=message.request, step=message.step))
             case wire.LatentsReady():
                 self._records[message.request].denoised = now
@@ -368,6 +412,16 @@ class Engine:
                 self._on(plan.LatentsReceived(request=message.request, sequence=message.sequence))
             case wire.ResultReady():
                 self._deliver(rank, message, payload, now)
+        self._forget_cancelled()
+
+    def _note_spans(self, spans: tuple[Span, ...]) -> None:
+        self.trace.add(spans)
+        if len(self.trace.spans) > MAX_TRACE_SPANS:  # memory stays flat over batches of any length
+            del self.trace.spans[: MAX_TRACE_SPANS // 2]
+        for span in spans:
+            record = None if span.request is None else self._records.get(span.request)
+            if record is not None:
+                record.seconds[span.stage, span.rank] += (span.end_ns - span.start_ns) / 1e9
 
     def _greet(self, rank: int, hello: wire.Hello) -> None:
         self._hosts[rank] = hello.host
@@ -397,6 +451,11 @@ class Engine:
 
     def _deliver(self, rank: int, message: wire.ResultReady, payload: bytes | None, now: float) -> None:
         record = self._records.pop(message.request)
+        if record.cancelled:
+            if message.path is not None:
+                Path(message.path).unlink()
+            self._on(plan.Decoded(request=message.request, rank=rank))
+            return
         array: NDArray[Any]
         if message.path is not None:
             array = claim(Path(message.path), message.shape, message.dtype)
@@ -410,7 +469,6 @@ class Engine:
 
     def _side_car(self, record: _Record, now: float) -> SideCar:
         request = record.job.request
-        seconds = self.trace.seconds_of(request.id)
         return SideCar(
             request=request,
             output="",
@@ -419,7 +477,7 @@ class Engine:
             versions=versions(),
             plan=describe_plan(self.config, self.topology),
             config=msgspec.to_builtins(self.config),
-            stages=tuple(StageTime(stage=s, rank=r, seconds=round(t, 6)) for (s, r), t in sorted(seconds.items())),
+            stages=tuple(StageTime(stage=s, rank=r, seconds=round(t, 6)) for (s, r), t in sorted(record.seconds.items())),
             queue_wait_s=round(record.queue_wait_s, 6),
             total_s=round(now - record.submitted, 6),
             peak_memory_bytes={str(rank): peak for rank, peak in sorted(self._peaks.items())},
@@ -544,7 +602,7 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     if "videopipe" not in found:
-        from videopipe import __version__  # noqa: PLC0415 - run from a checkout that is not installed
+        from videopipe import __version__
 
         found["videopipe"] = __version__
     return found

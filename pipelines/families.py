@@ -1,5 +1,6 @@
 """What a model family must offer, and the table of families. Adding a model is one file and one line here."""
 
+import importlib
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -41,6 +42,7 @@ class Family(Protocol):
     """A model family: how its parts are described, loaded and joined."""
 
     name: str
+    preload: tuple[str, ...]  # modules that every rank needs, imported once before ranks are forked
 
     def facts(self, checkpoint: Checkpoint) -> ModelFacts:
         """Sizes from the config files.
@@ -63,3 +65,9 @@ class Family(Protocol):
 
 
 FAMILIES = {"hunyuan-video": "pipelines.hunyuan_video:HunyuanVideo"}
+
+
+def load_family(name: str) -> Family:
+    """The family of that name from the table."""
+    module, attribute = FAMILIES[name].split(":")
+    return getattr(importlib.import_module(module), attribute)()

@@ -1,6 +1,5 @@
 """The life of a rank: join, load, obey the ordered stream of commands, report, end."""
 
-import importlib
 import os
 import signal
 import socket
@@ -9,7 +8,6 @@ import threading
 import time
 import traceback
 from collections import deque
-
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +19,7 @@ import torch.distributed as dist
 
 from dit_group.worker import DitWorker
 from pipelines.checkpoint import Checkpoint
-from pipelines.families import FAMILIES, Family, TextEncoder
+from pipelines.families import TextEncoder, load_family
 from vae_group.worker import VaeWorker
 from videopipe.config import Config
 from videopipe.control import ControlClient
@@ -71,12 +69,6 @@ class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
     store_address: str | None
     store_prefix: str
     config: Config
-
-
-def load_family(name: str) -> Family:
-    """The family of that name from the table."""
-    module, attribute = FAMILIES[name].split(":")
-    return getattr(importlib.import_module(module), attribute)()
 
 
 def run_rank(spec: RankSpec) -> int:

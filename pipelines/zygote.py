@@ -72,7 +72,7 @@ class _Zygote:
                     os.kill(pid, number)
 
     def _fork(self, raw: Any) -> None:
-        from pipelines.rank import RankSpec, run_rank  # noqa: PLC0415 - loaded by main, after fd 1 was moved
+        from pipelines.rank import RankSpec, run_rank
 
         spec = msgspec.convert(raw, RankSpec)
         mother = os.getpid()

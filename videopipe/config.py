@@ -29,7 +29,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     family: Literal["hunyuan-video"] = "hunyuan-video"
     weights: str = "hunyuanvideo-community/HunyuanVideo"
     revision: str | None = None
-    dtype: DType = "bfloat16"
+    dtype: DType = "float32"
     vae_dtype: DType | None = None
     text_encoder_dtype: DType | None = None
     attention_kernel: Literal["sdpa", "math"] = "sdpa"

@@ -220,6 +220,27 @@ class Scheduler:
         return self.queue.waiting + self.decoding + (self._blocked is not None)
 
     @property
+    def encoding(self) -> str | None:
+        """The request that the text encoder is at."""
+        return self._encoding[0] if self._encoding else None
+
+    @property
+    def current_step(self) -> tuple[str, int] | None:
+        """The request and step that the DiT group is at, as far as it has reported."""
+        for run in self._active:
+            if run.done < run.num_steps:
+                return run.request, run.done
+        return None
+
+    def decoding_on(self, rank: int) -> str | None:
+        """The request that `rank` decodes."""
+        return self._decoding.get(rank)
+
+    def knows(self, request: str) -> bool:
+        """Whether a request is under way, or finished and not taken away."""
+        return request in self._requests
+
+    @property
     def idle(self) -> bool:
         """Nothing left to do, apart from clips the caller has not taken."""
         return not (self.to_denoise or self._active or self.outstanding or self.queue.unacknowledged)

@@ -58,6 +58,7 @@ class SpanRecorder:
         self._lock = threading.Lock()
         self._open: list[OpenSpan] = []
         self._done: list[Span] = []
+        self.failed: OpenSpan | None = None  # the innermost span that an error left first
 
     def span(self, stage: str, *, request: str | None = None, step: int | None = None) -> "SpanBlock":
         """A block to time; it begins where the `with` begins."""
@@ -107,6 +108,8 @@ class SpanBlock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         begun = self._begun
+        if error is not None and self._recorder.failed is None:
+            self._recorder.failed = begun
         span = Span(
             stage=begun.stage,
             request=begun.request,
