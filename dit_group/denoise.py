@@ -19,7 +19,9 @@ class Denoising:
         timesteps: one entry for each step, on the device.
     """
 
-    def __init__(self, predict: Predict, advance: Advance, latents: Tensor, timesteps: Sequence[Tensor] | Tensor) -> None:
+    def __init__(
+        self, predict: Predict, advance: Advance, latents: Tensor, timesteps: Sequence[Tensor] | Tensor
+    ) -> None:
         self._predict = predict
         self._advance = advance
         self._timesteps = timesteps

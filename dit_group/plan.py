@@ -48,7 +48,9 @@ def apply_plan(model: nn.Module, plan: Plan, parallel: SequenceParallel) -> list
 
 
 def _shard_hook(entry: Shard, parallel: SequenceParallel) -> Any:
-    def shard(module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+    def shard(
+        module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]
+    ) -> Tensor | tuple[Tensor, ...]:
         sequence = parallel.sequence
         own = (sequence.video_of if entry.stream == "video" else sequence.text_of)(parallel.member)
         if isinstance(output, tuple):

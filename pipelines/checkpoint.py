@@ -41,7 +41,9 @@ class Checkpoint(msgspec.Struct, frozen=True):
         if local.is_dir():
             return local / name
         if local.is_absolute() or self.location.startswith(".") or self.location.count("/") != 1:
-            raise CheckpointError(f"model.weights={self.location!r} is neither a directory nor a hub id like 'owner/name'")
+            raise CheckpointError(
+                f"model.weights={self.location!r} is neither a directory nor a hub id like 'owner/name'"
+            )
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -49,4 +51,6 @@ class Checkpoint(msgspec.Struct, frozen=True):
             return Path(hf_hub_download(self.location, name, revision=self.revision))
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(f"model.weights={self.location!r} is no directory, and the hub gave no {name}: {reason}") from None
+            raise CheckpointError(
+                f"model.weights={self.location!r} is no directory, and the hub gave no {name}: {reason}"
+            ) from None

@@ -212,7 +212,9 @@ class Engine:
         for index, job in enumerate(jobs):
             request = job.request
             if request.id in seen:
-                raise ValueError(f"requests[{index}].id={request.id!r} is already under way, give each request its own id")
+                raise ValueError(
+                    f"requests[{index}].id={request.id!r} is already under way, give each request its own id"
+                )
             seen.add(request.id)
             latent_bytes = self._latent_bytes(request)
             if latent_bytes > self.config.queue.capacity_bytes:
@@ -311,9 +313,7 @@ class Engine:
                 self._faults.ended(news, self._doing(news.rank), now)
             sign = self._faults.check(now, {rank: self._doing(rank) for rank in range(self.config.world_size)})
             if sign is not None:
-                raise faults.RankError(
-                    sign.rank, self.role(sign.rank), sign.kind, sign.what, sign.doing, sign.details
-                )
+                raise faults.RankError(sign.rank, self.role(sign.rank), sign.kind, sign.what, sign.doing, sign.details)
 
     def _say_goodbye(self) -> None:
         """Idle ranks leave in order; ranks at work are ended by the launcher right after."""
@@ -469,6 +469,7 @@ class Engine:
 
     def _side_car(self, record: _Record, now: float) -> SideCar:
         request = record.job.request
+        seconds = sorted(record.seconds.items())
         return SideCar(
             request=request,
             output="",
@@ -477,7 +478,7 @@ class Engine:
             versions=versions(),
             plan=describe_plan(self.config, self.topology),
             config=msgspec.to_builtins(self.config),
-            stages=tuple(StageTime(stage=s, rank=r, seconds=round(t, 6)) for (s, r), t in sorted(record.seconds.items())),
+            stages=tuple(StageTime(stage=s, rank=r, seconds=round(t, 6)) for (s, r), t in seconds),
             queue_wait_s=round(record.queue_wait_s, 6),
             total_s=round(now - record.submitted, 6),
             peak_memory_bytes={str(rank): peak for rank, peak in sorted(self._peaks.items())},
@@ -606,5 +607,3 @@ def versions() -> dict[str, str]:
 
         found["videopipe"] = __version__
     return found
-
-

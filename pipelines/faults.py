@@ -30,7 +30,7 @@ class Doing(msgspec.Struct, frozen=True):
 class RankError(RuntimeError):
     """A run that ended because a rank was lost. Names rank, stage, request and step; finished clips are not touched.
 
-    `kind`: `killed`, `exited`, `raised`, `out_of_memory`, `silent` (no heartbeat), `hung` (no progress) or `not_started`.
+    `kind`: `killed`, `exited`, `raised`, `out_of_memory`, `silent` (no heartbeat), `hung` (no progress), `not_started`.
     """
 
     def __init__(self, rank: int, role: str, kind: str, what: str, doing: Doing, details: str = "") -> None:
@@ -78,7 +78,9 @@ class FaultDetector:
     def raised(self, rank: int, failure: RankFailed, now: float) -> None:
         """A rank reported that it cannot go on."""
         in_transfer = "videopipe/exchange.py" in failure.traceback or "videopipe/runtime.py" in failure.traceback
-        what = f"ran out of memory ({failure.message})" if failure.out_of_memory else f"raised {failure.kind}: {failure.message}"
+        what = f"raised {failure.kind}: {failure.message}"
+        if failure.out_of_memory:
+            what = f"ran out of memory ({failure.message})"
         doing = Doing(failure.stage, failure.request, failure.step)
         kind = "out_of_memory" if failure.out_of_memory else "raised"
         # an error inside a transfer is most often the echo of another rank's death

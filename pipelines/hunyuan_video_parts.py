@@ -58,7 +58,7 @@ class HunyuanVideoTextEncoder:
         if length != DEFAULT_PROMPT_TEMPLATE["crop_start"] or tokenizer.padding_side != "right":
             raise CheckpointError(
                 f"model.weights={source!r}: the tokenizer gives {length} tokens for the prompt template's prefix and "
-                f"pads on the {tokenizer.padding_side}; HunyuanVideo needs {DEFAULT_PROMPT_TEMPLATE['crop_start']} and right"
+                f"pads {tokenizer.padding_side}; HunyuanVideo needs {DEFAULT_PROMPT_TEMPLATE['crop_start']} and right"
             )
         self.llama = LlamaModel.from_pretrained(source, subfolder="text_encoder", dtype=dtype, **options)
         self.clip = CLIPTextModel.from_pretrained(source, subfolder="text_encoder_2", dtype=dtype, **options)
@@ -138,9 +138,7 @@ class JointAttentionProcessor:
         text_q, text_k, text_v = (
             (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if dual_stream else (attn.to_q, attn.to_k, attn.to_v)
         )
-        norm_text_q, norm_text_k = (
-            (attn.norm_added_q, attn.norm_added_k) if dual_stream else (attn.norm_q, attn.norm_k)
-        )
+        norm_text_q, norm_text_k = (attn.norm_added_q, attn.norm_added_k) if dual_stream else (attn.norm_q, attn.norm_k)
         v = torch.cat([heads(attn.to_v(hidden_states)), heads(text_v(encoder_hidden_states))], dim=1)
         k_video = _norm(attn.norm_k, heads(attn.to_k(hidden_states)))
         k_text = _norm(norm_text_k, heads(text_k(encoder_hidden_states)))

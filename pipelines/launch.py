@@ -1,5 +1,6 @@
 """Starts and ends the ranks of this host, and tells when one of them dies."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -54,7 +55,9 @@ class LocalLauncher:
     the caller still checks its input.
     """
 
-    def __init__(self, run_directory: Path, preload: tuple[str, ...], environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, run_directory: Path, preload: tuple[str, ...], environment: dict[str, str] | None = None
+    ) -> None:
         # a CUDA check by NVML leaves no driver state behind that a fork would break; the checkout need not be the cwd
         package_root = str(Path(__file__).resolve().parent.parent)
         paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -134,7 +137,5 @@ class LocalLauncher:
         self._output.close()
 
     def _ask(self, command: dict[str, Any]) -> None:
-        try:
+        with contextlib.suppress(BrokenPipeError, ValueError):  # the zygote is gone: `ended` says so
             self._input.write(msgspec.json.encode(command) + b"\n")
-        except (BrokenPipeError, ValueError):
-            pass  # the zygote is gone: `ended` says so

@@ -105,11 +105,16 @@ class VideoPipeline:
         ):
             if value is not None:
                 changes.append(f"{path}={msgspec.json.encode(value).decode()}")
+        source: str | Path | Mapping[str, Any] | None
         if isinstance(config, Config):
-            config = msgspec.to_builtins(config)
-        resolved = load_config(_without_none(config) if isinstance(config, Mapping) else config, changes)
+            source = _without_none(msgspec.to_builtins(config))
+        else:
+            source = _without_none(config) if isinstance(config, Mapping) else config
+        resolved = load_config(source, changes)
         if resolved.model.family != cls.family:
-            raise ConfigError(f"model.family={resolved.model.family!r} is not what {cls.__name__} renders, nearest is {cls.family!r}")
+            raise ConfigError(
+                f"model.family={resolved.model.family!r} is not what {cls.__name__} renders, nearest is {cls.family!r}"
+            )
         return cls.start(resolved, progress=progress)
 
     @classmethod
@@ -239,7 +244,7 @@ class VideoPipeline:
             raise ValueError(f"seed={seed} and generator cannot both be given, nearest is one of them")
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("prompt and prompt_embeds: give one of them, not both")
-        given = {
+        tensors = {
             "prompt_embeds": prompt_embeds,
             "pooled_prompt_embeds": pooled_prompt_embeds,
             "prompt_attention_mask": prompt_attention_mask,
@@ -247,7 +252,7 @@ class VideoPipeline:
             "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
         }
-        given = {name: tensor.detach().cpu() for name, tensor in given.items() if tensor is not None}
+        given = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
         _check_given(given)
         r = self._config.request
         if prompt_embeds is not None:
@@ -259,7 +264,9 @@ class VideoPipeline:
             negative = ""
         negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
         if len(negatives) != len(prompts):
-            raise ValueError(f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts, nearest is {len(prompts)}")
+            raise ValueError(
+                f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts, nearest is {len(prompts)}"
+            )
         if num_videos_per_prompt < 1:
             raise ValueError(f"num_videos_per_prompt={num_videos_per_prompt} must be at least 1, nearest is 1")
         spec = VideoSpec(
@@ -319,7 +326,10 @@ class VideoPipeline:
         return notify
 
     def _noise(
-        self, requests: list[VideoRequest], generator: torch.Generator | Sequence[torch.Generator] | None, latents: Tensor | None
+        self,
+        requests: list[VideoRequest],
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None,
     ) -> Tensor | None:
         """Noise [B, C, T', H', W'] from what the caller gave, drawn as diffusers draws it; None to draw from seeds."""
         shape = (len(requests), *self._facts.geometry.latent_shape(requests[0].spec)[1:])
@@ -333,9 +343,13 @@ class VideoPipeline:
             return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).cpu()
         generators = list(generator)
         if len(generators) != len(requests):
-            raise ValueError(f"generator has {len(generators)} entries for {len(requests)} clips, nearest is {len(requests)}")
+            raise ValueError(
+                f"generator has {len(generators)} entries for {len(requests)} clips, nearest is {len(requests)}"
+            )
         one = (1, *shape[1:])
-        return torch.cat([torch.randn(one, generator=g, device=g.device, dtype=torch.float32).cpu() for g in generators])
+        return torch.cat(
+            [torch.randn(one, generator=g, device=g.device, dtype=torch.float32).cpu() for g in generators]
+        )
 
     # -- the run
 
@@ -374,7 +388,8 @@ class VideoPipeline:
 
 def _dtype_name(dtype: torch.dtype) -> str:
     if dtype not in _DTYPE_NAMES:
-        raise ConfigError(f"torch_dtype={dtype} must be one of {', '.join(_DTYPE_NAMES.values())}; nearest is 'float32'")
+        names = ", ".join(_DTYPE_NAMES.values())
+        raise ConfigError(f"torch_dtype={dtype} must be one of {names}; nearest is 'float32'")
     return _DTYPE_NAMES[dtype]
 
 
@@ -459,7 +474,8 @@ def _start_engine(
     one_host = torchrun is None or torchrun.local_world_size == torchrun.world_size
     address = f"ipc://{run_directory}/control" if one_host else f"tcp://{_own_address()}:0"
     server = ControlServer(address, token)
-    environment = {"OMP_NUM_THREADS": str(_threads_per_rank(config, torchrun.local_world_size if torchrun else config.world_size))}
+    threads = _threads_per_rank(config, torchrun.local_world_size if torchrun else config.world_size)
+    environment = {"OMP_NUM_THREADS": str(threads)}
     if config.schedule.mode == "deterministic":
         environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what torch's deterministic algorithms ask for
     launcher = LocalLauncher(run_directory, load_family(config.model.family).preload, environment)
@@ -477,7 +493,7 @@ def _start_engine(
         rank=0,
         local_rank=0,
         world_size=config.world_size,
-        threads=_threads_per_rank(config, torchrun.local_world_size if torchrun else config.world_size),
+        threads=threads,
         device=device,
         endpoint=server.endpoint,
         token=token,

@@ -118,7 +118,9 @@ def _join(spec: RankSpec, device: torch.device) -> Runtime:
     store = None
     if spec.store_address is not None:
         host, _, port = spec.store_address.rpartition(":")
-        store = dist.PrefixStore(spec.store_prefix, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False))
+        store = dist.PrefixStore(
+            spec.store_prefix, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        )
     return start_runtime(
         rank=spec.rank,
         world_size=spec.world_size,
@@ -316,5 +318,3 @@ def _locate(frame: FrameType | None) -> tuple[bool, str]:
             return name.startswith(_WAITING_IN), f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return False, "outside videopipe"
-
-

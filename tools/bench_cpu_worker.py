@@ -91,7 +91,7 @@ class VideopipeSide:
     """videopipe with one DiT rank and one VAE rank, which share the cores."""
 
     def __init__(self, model: str, overrides: list[str]) -> None:
-        from pipelines import HunyuanVideoPipeline  # type: ignore[attr-defined]
+        from pipelines import HunyuanVideoPipeline
 
         self.pipe = HunyuanVideoPipeline.from_pretrained(
             model,

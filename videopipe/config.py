@@ -205,12 +205,14 @@ def check_config(config: Config) -> None:
     ):
         _at_least(name, value, 1.0)
     if not 0 <= config.output.crf <= 51:
-        raise ConfigError(f"output.crf={config.output.crf} must be 0 to 51, nearest is {min(max(config.output.crf, 0), 51)}")
+        near = min(max(config.output.crf, 0), 51)
+        raise ConfigError(f"output.crf={config.output.crf} must be 0 to 51, nearest is {near}")
     if config.schedule.policy == "decoupled" and g.vae_ranks == 0:
-        raise ConfigError("groups.vae_ranks=0 cannot be decoupled: schedule.policy='decoupled' needs at least 1, nearest is 1")
+        raise ConfigError("groups.vae_ranks=0 cannot be decoupled: schedule.policy='decoupled' needs 1, nearest is 1")
     if config.schedule.policy == "colocated" and g.vae_ranks > 0:
         raise ConfigError(
-            f"groups.vae_ranks={g.vae_ranks} would idle: schedule.policy='colocated' decodes on the DiT ranks, nearest is 0"
+            f"groups.vae_ranks={g.vae_ranks} would idle: schedule.policy='colocated' decodes on the DiT ranks, "
+            "nearest is 0"
         )
     if g.text_encoder == "vae" and g.vae_ranks == 0:
         raise ConfigError("groups.text_encoder='vae' needs a VAE group but groups.vae_ranks=0, nearest is 'dit'")
@@ -264,7 +266,8 @@ def _check_type(path: str, value: Any, expected: Any, default: Any = None) -> No
             inner = f"{path}.{key}" if path else key
             if key not in hints:
                 near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"{inner}={_short(item)} is not a known key, nearest is {path + '.' if path else ''}{near}")
+                full = f"{path}.{near}" if path else near
+                raise ConfigError(f"{inner}={_short(item)} is not a known key, nearest is {full}")
             _check_type(inner, item, hints[key], defaults[key])
     elif origin is Literal:
         allowed = typing.get_args(expected)
@@ -284,7 +287,8 @@ def _check_type(path: str, value: Any, expected: Any, default: Any = None) -> No
             raise ConfigError(f"{path}={_short(value)} must be a whole number{_nearest_number(value, int, default)}")
     elif expected is bool:
         if not isinstance(value, bool):
-            raise ConfigError(f"{path}={_short(value)} must be true or false, nearest is {'true' if value else 'false'}")
+            near = "true" if value else "false"
+            raise ConfigError(f"{path}={_short(value)} must be true or false, nearest is {near}")
     elif expected is str and not isinstance(value, str):
         raise ConfigError(f"{path}={_short(value)} must be text, nearest is {str(value)!r}")
 

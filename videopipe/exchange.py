@@ -12,7 +12,9 @@ from videopipe.partition import Partition
 class PendingExchange:
     """An exchange under way; `wait()` gives the result once, in the caller's stream order."""
 
-    def __init__(self, work: dist.Work | None, received: Tensor, sent: Tensor, counts: Sequence[Sequence[int]], dim: int) -> None:
+    def __init__(
+        self, work: dist.Work | None, received: Tensor, sent: Tensor, counts: Sequence[Sequence[int]], dim: int
+    ) -> None:
         self._work = work
         self._received = received
         self._sent: Tensor | None = sent  # kept alive until the transfer has ended
@@ -96,7 +98,9 @@ class Exchange:
         return PendingExchange(work, received, sent, shapes, dim)
 
 
-def gather_tokens(x: Tensor, token_counts: Sequence[int], group: dist.ProcessGroup | None, member: int, dim: int = 1) -> Tensor:
+def gather_tokens(
+    x: Tensor, token_counts: Sequence[int], group: dist.ProcessGroup | None, member: int, dim: int = 1
+) -> Tensor:
     """All members' token shards, concatenated in member order on every member.
 
     Args:

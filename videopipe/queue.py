@@ -62,7 +62,7 @@ class BoundedQueue:
             RuntimeError: no room now; ask `has_room` first and wait.
         """
         if nbytes > self.capacity_bytes:
-            raise ValueError(f"capacity_bytes={self.capacity_bytes} cannot hold one item of {nbytes}, nearest is {nbytes}")
+            raise ValueError(f"capacity_bytes={self.capacity_bytes} cannot hold {nbytes} bytes, nearest is {nbytes}")
         if not self.has_room(nbytes):
             raise RuntimeError(f"queue is full: {self.waiting} items, {self.waiting_bytes} bytes")
         self._waiting.append((item, nbytes))

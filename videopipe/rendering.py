@@ -42,7 +42,9 @@ class RenderResult(msgspec.Struct, frozen=True, kw_only=True):
         path = Path(path)
         formats: dict[str, OutputFormat] = {".mp4": "mp4", ".npy": "npy", ".safetensors": "latent", "": "png"}
         if path.suffix not in formats:
-            raise ValueError(f"path={str(path)!r} must end in .mp4, .npy, .safetensors or nothing (PNG folder), nearest is .mp4")
+            raise ValueError(
+                f"path={str(path)!r} must end in .mp4, .npy, .safetensors or nothing (PNG folder), nearest is .mp4"
+            )
         return self._write(path.with_suffix("") if path.suffix else path, formats[path.suffix])
 
     def save_to(self, directory: str | Path) -> Path:

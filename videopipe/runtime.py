@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,7 +45,7 @@ def start_runtime(
     world_size: int,
     dit_ranks: tuple[int, ...],
     device: torch.device,
-    store: dist.Store | None,
+    store: Store | None,
     timeout_s: float = 1800.0,
 ) -> Runtime:
     """Join the process groups of a run. Collective over all ranks; with one rank there is nothing to join.

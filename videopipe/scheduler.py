@@ -1,8 +1,8 @@
 """Decides everything: which rank encodes, denoises, decodes, and when a latent may cross. A pure state machine.
 
-`Scheduler.on(event) -> [command]` has no torch, no clock and no I/O in it; it is driven by the engine with real workers,
-by tests with a fake clock, and later by a simulator. All decisions fall at denoising-step boundaries. The commands for
-one rank form one ordered stream, and every group of ranks gets its shared commands in the same order.
+`Scheduler.on(event) -> [command]` has no torch, no clock and no I/O in it; it is driven by the engine with real
+workers, by tests with a fake clock, and later by a simulator. All decisions fall at denoising-step boundaries. The
+commands for one rank form one ordered stream, and every group of ranks gets its shared commands in the same order.
 
 Source: the roles and the protocol follow PipeDiT (arXiv 2511.12056), DeDiVAE, with credits instead of polling.
 """
