@@ -73,6 +73,13 @@ class Progress(Protocol):
         """A request has entered a stage."""
 
 
+class Closable(Protocol):
+    """Anything with `close`."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
 class Batch:
     """The results of one submission, in the order in which they finish."""
 
@@ -132,7 +139,9 @@ class Engine:
         launcher: Launcher,
         run_directory: Path,
         progress: Progress | None = None,
+        rendezvous: object = None,
     ) -> None:
+        self._rendezvous = rendezvous  # the store that process groups may look at until they end
         self.config = config
         self.facts = facts
         dit = tuple(range(config.groups.dit_ranks))
@@ -166,7 +175,7 @@ class Engine:
         os.set_blocking(self._wake_write, False)
         self._faults = faults.FaultDetector(config.faults, tuple(range(config.world_size)), time.monotonic())
         self._thread = threading.Thread(target=self._run, name="videopipe-engine", daemon=True)
-        self._kept: list[object] = []
+        self._kept: list[Closable] = []
         self._listeners: list[Callable[[str, int], None]] = []
         self._close_lock = threading.Lock()
         self._closed = False
@@ -232,8 +241,8 @@ class Engine:
         with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake up anyway; closed: nobody listens
             os.write(self._wake_write, b"x")
 
-    def keep(self, resource: object) -> None:
-        """Hold something alive as long as the engine, such as the rendezvous store."""
+    def close_with(self, resource: Closable) -> None:
+        """Close something when the engine has ended, such as the launcher."""
         self._kept.append(resource)
 
     @contextlib.contextmanager
@@ -271,8 +280,10 @@ class Engine:
             if self._thread.is_alive():
                 self.tell("close")
                 self._thread.join()
-            self._launcher.close()
+            self._launcher.end()
             self._server.close()
+            for resource in self._kept:
+                resource.close()
             shutil.rmtree(self._run_directory, ignore_errors=True)
             os.close(self._wake_read)
             os.close(self._wake_write)
@@ -330,7 +341,7 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
-        self._launcher.close()  # at once: what still runs may be stuck in a transfer with the lost rank
+        self._launcher.end()  # at once: what still runs may be stuck in a transfer with the lost rank
         batches = {id(record.batch): record.batch for record in self._records.values()}
         while not self._inbox.empty():
             what, argument = self._inbox.get()
