@@ -22,8 +22,7 @@ from torch import Tensor
 from pipelines.checkpoint import Checkpoint
 from pipelines.engine import Batch, Engine, Finished, Job, Progress
 from pipelines.families import ModelFacts, load_family
-from pipelines.launch import LocalLauncher
-from pipelines.rank import RankSpec, run_rank
+from pipelines.launch import LocalLauncher, RankSpec
 from videopipe.config import Config, ConfigError, check_config, load_config
 from videopipe.control import ControlServer
 from videopipe.geometry import VideoSpec
@@ -582,6 +581,8 @@ class _Torchrun:
 
     def serve(self) -> int:
         """Be a rank for the pipeline of rank 0 until that closes; the exit code."""
+        from pipelines.rank import run_rank  # brings diffusers, which only ranks need
+
         raw = self.store().get(self.KEY)
         spec = msgspec.json.decode(raw, type=RankSpec)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -70,7 +70,8 @@ class _Zygote:
                     os.kill(pid, number)
 
     def _fork(self, raw: Any) -> None:
-        from pipelines.rank import RankSpec, run_rank
+        from pipelines.launch import RankSpec  # loaded by main, after fd 1 was moved
+        from pipelines.rank import run_rank
 
         spec = msgspec.convert(raw, RankSpec)
         self._run_directories.add(spec.run_directory)
