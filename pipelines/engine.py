@@ -105,8 +105,14 @@ class Batch:
                     self._left.clear()
                     raise result
                 self._left.discard(result.job.request.id)
-                yield result
-                self._engine.tell("delivered", result.job.request.id)
+                if not self._left:  # nobody may ask for the next one
+                    self._engine.tell("delivered", result.job.request.id)
+                    yield result
+                    return
+                try:
+                    yield result
+                finally:
+                    self._engine.tell("delivered", result.job.request.id)
         finally:
             for request in self._left:
                 self._engine.tell("cancel", request)
@@ -354,6 +360,10 @@ class Engine:
         match what:
             case "submit":
                 batch, jobs = argument
+                known = [job.request.id for job in jobs if self._scheduler.knows(job.request.id)]
+                if known:
+                    batch.put(ValueError(f"id={known[0]!r} is already under way, give each request its own id"))
+                    return
                 for job in jobs:
                     self._records[job.request.id] = _Record(job, batch, time.monotonic())
                     self._on(
@@ -367,10 +377,12 @@ class Engine:
                 self._on(plan.Delivered(request=argument))
             case "cancel":
                 record = self._records.get(argument)
-                if record is not None:
-                    record.cancelled = True
-                    self._on(plan.Cancelled(request=argument))
-                    self._forget_cancelled()
+                if record is None:  # finished, and nobody took it
+                    self._on(plan.Delivered(request=argument))
+                    return
+                record.cancelled = True
+                self._on(plan.Cancelled(request=argument))
+                self._forget_cancelled()
 
     def _forget_cancelled(self) -> None:
         """Drop the records of cancelled requests that no rank will report about any more."""

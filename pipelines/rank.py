@@ -86,7 +86,7 @@ def run_rank(spec: RankSpec) -> int:
             stage="idle" if current is None else current.stage,
             request=None if current is None else current.request,
             step=None if current is None else current.step,
-            out_of_memory=isinstance(error, (MemoryError, torch.OutOfMemoryError)),
+            out_of_memory=is_out_of_memory(error),
         )
         client.send(Envelope(message=failure, spans=tuple(recorder.drain())))
         return 1
@@ -94,6 +94,13 @@ def run_rank(spec: RankSpec) -> int:
         beat.stop()
         client.close()
     return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out: on the device, in Python, or in torch's CPU allocator."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
 
 
 def _join(spec: RankSpec, device: torch.device) -> Runtime:
