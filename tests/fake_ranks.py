@@ -34,7 +34,7 @@ from videopipe.scheduler import (
 )
 
 
-class Violation(AssertionError):
+class BrokenPromiseError(AssertionError):
     """The scheduler broke a promise."""
 
 
@@ -113,7 +113,7 @@ class Interval:
 
 
 class FakeRanks:
-    """Drives one scheduler to the end of its work. `checks` can be narrowed by nothing: all promises always hold."""
+    """Drives one scheduler to the end of its work, and checks every promise at every event."""
 
     def __init__(
         self,
@@ -136,8 +136,7 @@ class FakeRanks:
         self.colocated = colocated
         self.now = 0.0
         self.ranks = {
-            r: Rank()
-            for r in {*self.topology.dit_ranks, *self.topology.vae_ranks, self.topology.encoder_rank}
+            r: Rank() for r in {*self.topology.dit_ranks, *self.topology.vae_ranks, self.topology.encoder_rank}
         }
         self.events: list[Event] = []
         self.commands: list[list[Command]] = []
@@ -152,6 +151,7 @@ class FakeRanks:
         self._consuming = False
         self._finished: deque[str] = deque()  # clips that the caller has not taken
         self._steps_out = 0
+        self._denoising: set[str] = set()
         self._waiting: dict[str, int] = {}  # our own count of the latents that no rank has been given yet
         self._given: dict[str, int] = {}  # request -> rank, from hand-over to the end of the decode
         self._unacknowledged: set[str] = set()
@@ -176,7 +176,7 @@ class FakeRanks:
             action()
             max_events -= 1
             if not max_events:
-                raise Violation("it goes on for ever")
+                raise BrokenPromiseError("it goes on for ever")
         self._check_the_end()
 
     def _cancel(self, request: str) -> None:
@@ -240,8 +240,15 @@ class FakeRanks:
                 return [(command.rank, Op("release", command.request))]
 
     def _check_command(self, command: Command) -> None:
+        if self.colocated:  # the ranks have one thing to do at a time: no decode waits behind a step, or before one
+            if isinstance(command, HandOver):
+                self._expect(not self._denoising, "a decode during a denoise", command, self._denoising)
+            elif isinstance(command, Begin | Step):
+                self._expect(not self._given, "a denoise during a decode", command, self._given)
         match command:
             case Begin() | Finish():
+                if isinstance(command, Begin):
+                    self._denoising.add(command.request)
                 self._expect(command.ranks == self.topology.dit_ranks, "a group command misses members", command)
             case Step():
                 self._steps_out += 1
@@ -255,6 +262,8 @@ class FakeRanks:
                 del self._waiting[command.request]
                 self._given[command.request] = command.rank
                 self._unacknowledged.add(command.request)
+            case Abandon():
+                self._denoising.discard(command.request)
             case Release():
                 self._expect(
                     command.request not in self._unacknowledged, "latents released before acknowledgement", command
@@ -273,7 +282,7 @@ class FakeRanks:
     @staticmethod
     def _expect(holds: bool, what: str, *details: object) -> None:
         if not holds:
-            raise Violation(f"{what}: {details}")
+            raise BrokenPromiseError(f"{what}: {details}")
 
     # -- the ranks
 
@@ -298,6 +307,7 @@ class FakeRanks:
                 self._steps_out -= 1
             case Denoised():
                 self.denoised.append(event.request)
+                self._denoising.discard(event.request)
                 if event.request not in self.cancelled:
                     self._waiting[event.request] = self.bytes[event.request]
             case LatentsReceived():
@@ -342,8 +352,6 @@ class FakeRanks:
         start = self.now
         if op.kind == "decode":  # the latents arrive first
             self._report(rank, LatentsReceived(request=op.request, sequence=op.sequence))
-        if seconds:
-            self._check_overlap(op)
 
         def end() -> None:
             for member in members:
@@ -358,13 +366,6 @@ class FakeRanks:
             for member in members:
                 self.ranks[member].busy = None
             self._ended(op, rank, members)
-
-    def _check_overlap(self, op: Op) -> None:
-        if not self.colocated or op.kind not in ("step", "decode"):
-            return
-        other = "decode" if op.kind == "step" else "step"
-        for rank, state in self.ranks.items():
-            self._expect(state.busy is None or state.busy.kind != other, f"{op.kind} during a {other}", op, rank)
 
     def _ended(self, op: Op, rank: int, members: tuple[int, ...]) -> None:
         leader = self.topology.leader

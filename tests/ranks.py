@@ -41,7 +41,7 @@ RankFunction = Callable[..., Any]
 """`fn(runtime, *args)`: a function of a module, since it is found by name in the rank."""
 
 
-class RanksFailed(AssertionError):
+class RanksError(AssertionError):
     """A rank raised, died or hung; the message has the traceback or the stacks."""
 
 
@@ -60,7 +60,7 @@ def run_ranks(
     Returns:
         What each rank returned (plain values and NumPy arrays), in rank order.
     Raises:
-        RanksFailed: a rank raised, ended by itself or was still running after `timeout`.
+        RanksError: a rank raised, ended by itself or was still running after `timeout`.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOAD))
@@ -112,9 +112,9 @@ def _collect(processes: list[BaseProcess], pipes: list[Connection], directory: P
                     deadline = min(deadline, time.monotonic() + GRACE_S)
                 failures[rank] = value
     if failures:
-        raise RanksFailed("\n".join(f"rank {rank}: {text}" for rank, text in failures.items()))
+        raise RanksError("\n".join(f"rank {rank}: {text}" for rank, text in failures.items()))
     if len(results) < len(pipes):
-        raise RanksFailed(_stacks(processes, directory, {r for r in range(len(pipes)) if r not in results}, timeout))
+        raise RanksError(_stacks(processes, directory, {r for r in range(len(pipes)) if r not in results}, timeout))
     return [results[rank] for rank in range(len(pipes))]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import RanksFailed, run_ranks
+from tests.ranks import RanksError, run_ranks
 from videopipe.runtime import Runtime
 
 
@@ -44,15 +44,15 @@ def test_values_come_back_in_rank_order_and_each_rank_has_one_thread() -> None:
 
 
 def test_a_failing_rank_fails_the_test_with_its_own_traceback() -> None:
-    with pytest.raises(RanksFailed, match=r"(?s)rank 1: .*in one_raises.*only rank 1 is wrong"):
+    with pytest.raises(RanksError, match=r"(?s)rank 1: .*in one_raises.*only rank 1 is wrong"):
         run_ranks(one_raises, 2)
 
 
 def test_a_hang_ends_with_the_stack_of_every_rank() -> None:
-    with pytest.raises(RanksFailed, match=r"(?s)rank 0:.*sleep_in_a_named_place.*rank 1:.*one_hangs"):
+    with pytest.raises(RanksError, match=r"(?s)rank 0:.*sleep_in_a_named_place.*rank 1:.*one_hangs"):
         run_ranks(one_hangs, 2, timeout=1.0)
 
 
 def test_a_rank_that_dies_is_named_with_its_exit_code() -> None:
-    with pytest.raises(RanksFailed, match="rank 0: ended without an answer, exit code 7"):
+    with pytest.raises(RanksError, match="rank 0: ended without an answer, exit code 7"):
         run_ranks(one_dies, 2)
