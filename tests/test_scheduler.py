@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from itertools import pairwise
 
 import pytest
 
@@ -190,7 +191,7 @@ def test_steps_follow_each_other_without_a_gap_when_messages_take_time() -> None
     machine = steady("decoupled", 1, 1, 3, Times(**{**vars(slow), "message": lambda: 0.2}))
     machine.run()
     steps = sorted((i.start, i.end) for i in machine.intervals if i.kind == "step")
-    gaps = [later[0] - earlier[1] for earlier, later in zip(steps, steps[1:], strict=False)]
+    gaps = [later[0] - earlier[1] for earlier, later in pairwise(steps)]
     assert max(gaps) == pytest.approx(0)
     without = steady("decoupled", 1, 1, 3, Times(**{**vars(slow), "message": lambda: 0.2}))
     without.scheduler._steps_in_flight = 1  # the twin: told a step only once the last has been reported
