@@ -80,10 +80,10 @@ def run_ranks(
                 pipes.append(ours)
             return _collect(processes, pipes, Path(directory), timeout)
         finally:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
-                process.join()
+            for started in processes:
+                if started.is_alive():
+                    started.kill()
+                started.join()
             for pipe in pipes:
                 pipe.close()
 

@@ -102,7 +102,7 @@ def test_a_broken_contract_fails(tmp_path: Path) -> None:
 
 def cycles() -> set[tuple[str, str]]:
     """Pairs of packages that import each other."""
-    edges = defaultdict(set)
+    edges: defaultdict[str, set[str]] = defaultdict(set)
     for package in PACKAGES:
         for path in modules(package):
             edges[package] |= {name.split(".")[0] for name in imports_of(path.read_text())} & set(PACKAGES) - {package}
