@@ -23,8 +23,9 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel, PreTrainedTokenizerFast
 
-from dit_group.attention import Layout, SequenceParallel
+from dit_group.attention import MERGING, Layout, SequenceParallel
 from dit_group.denoise import Denoising
+from dit_group.kernels import check_kernel
 from dit_group.plan import Gather, Shard, apply_plan
 from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.hunyuan_video import latent_geometry
@@ -178,6 +179,7 @@ class HunyuanVideoDenoiser:
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
         assert runtime.dit_member is not None, runtime.rank
+        check_kernel(config.model.attention_kernel, runtime.device, config.attention.strategy in MERGING)
         source, options = checkpoint.location, {"revision": checkpoint.revision}
         self.transformer = HunyuanVideoTransformer3DModel.from_pretrained(
             source, subfolder="transformer", torch_dtype=DTYPES[config.model.dtype], **options
@@ -199,6 +201,7 @@ class HunyuanVideoDenoiser:
                 kernel=config.model.attention_kernel,
                 heads_per_chunk=config.attention.fixed_heads_per_chunk,
                 balance=config.attention.balance,
+                mesh=runtime.mesh,
             )
             parallelize(self.transformer, self._parallel)
 
