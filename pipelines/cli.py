@@ -52,9 +52,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(argv: Sequence[str]) -> int:
     """Run one command; the exit code."""
     try:
-        code = typer.main.get_command(app).main(
-            with_dashes(argv), prog_name="videopipe", standalone_mode=False
-        )
+        code = typer.main.get_command(app).main(with_dashes(argv), prog_name="videopipe", standalone_mode=False)
     except _UsageError as error:
         message = " ".join(str(getattr(error, "format_message", error.__str__)()).split())
         return _fail(CommandError(f"{message} (see --help)", 2))

@@ -154,7 +154,7 @@ class BarDisplay:
         self._loaded = 0
         self._loading = self._bars.add_task("ranks", total=None, what="starting")
         self._clips = self._bars.add_task("clips", total=total, what="", visible=False)
-        self._tasks: dict[str, "TaskID"] = {}  # by request
+        self._tasks: dict[str, TaskID] = {}  # by request
 
     def __enter__(self) -> Self:
         self._bars.start()

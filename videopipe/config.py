@@ -185,6 +185,25 @@ def load_config(source: Path | str | Mapping[str, Any] | None = None, overrides:
     return config
 
 
+def to_toml(config: Config) -> str:
+    """The complete configuration as TOML that `load_config` reads back to the same; keys without a value are left out.
+
+    `schedule.policy = "auto"` and its like stay as they are.
+    """
+    lines: list[str] = []
+    for table, keys in msgspec.to_builtins(config).items():
+        lines.append(f"[{table}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in keys.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: str | float | bool) -> str:
+    if isinstance(value, str):
+        return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")  # TOML's strings are JSON's but for DEL
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def check_config(config: Config) -> None:
     """Refuse combinations that no machine can run.
 
