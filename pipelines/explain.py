@@ -107,7 +107,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
                 f"per layer     {_bytes(min(layer))} to {_bytes(max(layer))} sent by each DiT rank: q, k, v and output",
                 (
                     f"per step      {_bytes(step)} in all ({self.attention_layers} layers, {clip.evaluations_per_step} "
-                    f"evaluations), and {_bytes(gather)} to gather the prediction"
+                    f"evaluation{'s' * (clip.evaluations_per_step > 1)} of the DiT), and {_bytes(gather)} to gather the prediction"
                 ),
                 f"per clip      {_bytes(clip.exchange_bytes)} in all steps",
             ]
