@@ -106,8 +106,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
             lines += [
                 f"per layer     {_bytes(min(layer))} to {_bytes(max(layer))} sent by each DiT rank: q, k, v and output",
                 (
-                    f"per step      {_bytes(step)} in all ({self.attention_layers} layers, {clip.evaluations_per_step} "
-                    f"evaluation{'s' * (clip.evaluations_per_step > 1)} of the DiT), and {_bytes(gather)} to gather the prediction"
+                    f"per step      {_bytes(step)} in all: {self.attention_layers} layers, DiT evaluations: "
+                    f"{clip.evaluations_per_step}; and {_bytes(gather)} to gather the prediction"
                 ),
                 f"per clip      {_bytes(clip.exchange_bytes)} in all steps",
             ]
