@@ -73,6 +73,13 @@ class Progress(Protocol):
         """A request has entered a stage."""
 
 
+class Closable(Protocol):
+    """Anything with `close`."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
 class Batch:
     """The results of one submission, in the order in which they finish."""
 
@@ -98,8 +105,14 @@ class Batch:
                     self._left.clear()
                     raise result
                 self._left.discard(result.job.request.id)
-                yield result
-                self._engine.tell("delivered", result.job.request.id)
+                if not self._left:  # nobody may ask for the next one
+                    self._engine.tell("delivered", result.job.request.id)
+                    yield result
+                    return
+                try:
+                    yield result
+                finally:
+                    self._engine.tell("delivered", result.job.request.id)
         finally:
             for request in self._left:
                 self._engine.tell("cancel", request)
@@ -132,7 +145,9 @@ class Engine:
         launcher: Launcher,
         run_directory: Path,
         progress: Progress | None = None,
+        rendezvous: object = None,
     ) -> None:
+        self._rendezvous = rendezvous  # the store that process groups may look at until they end
         self.config = config
         self.facts = facts
         self.topology = make_topology(config)
@@ -163,7 +178,7 @@ class Engine:
         os.set_blocking(self._wake_write, False)
         self._faults = faults.FaultDetector(config.faults, tuple(range(config.world_size)), time.monotonic())
         self._thread = threading.Thread(target=self._run, name="videopipe-engine", daemon=True)
-        self._kept: list[object] = []
+        self._kept: list[Closable] = []
         self._listeners: list[Callable[[str, int], None]] = []
         self._close_lock = threading.Lock()
         self._closed = False
@@ -229,8 +244,8 @@ class Engine:
         with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake up anyway; closed: nobody listens
             os.write(self._wake_write, b"x")
 
-    def keep(self, resource: object) -> None:
-        """Hold something alive as long as the engine, such as the rendezvous store."""
+    def close_with(self, resource: Closable) -> None:
+        """Close something when the engine has ended, such as the launcher."""
         self._kept.append(resource)
 
     @contextlib.contextmanager
@@ -268,8 +283,10 @@ class Engine:
             if self._thread.is_alive():
                 self.tell("close")
                 self._thread.join()
-            self._launcher.close()
+            self._launcher.end()
             self._server.close()
+            for resource in self._kept:
+                resource.close()
             shutil.rmtree(self._run_directory, ignore_errors=True)
             os.close(self._wake_read)
             os.close(self._wake_write)
@@ -327,7 +344,7 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
-        self._launcher.close()  # at once: what still runs may be stuck in a transfer with the lost rank
+        self._launcher.end()  # at once: what still runs may be stuck in a transfer with the lost rank
         batches = {id(record.batch): record.batch for record in self._records.values()}
         while not self._inbox.empty():
             what, argument = self._inbox.get()
@@ -340,6 +357,10 @@ class Engine:
         match what:
             case "submit":
                 batch, jobs = argument
+                known = [job.request.id for job in jobs if self._scheduler.knows(job.request.id)]
+                if known:
+                    batch.put(ValueError(f"id={known[0]!r} is already under way, give each request its own id"))
+                    return
                 for job in jobs:
                     self._records[job.request.id] = _Record(job, batch, time.monotonic())
                     self._on(
@@ -353,10 +374,12 @@ class Engine:
                 self._on(plan.Delivered(request=argument))
             case "cancel":
                 record = self._records.get(argument)
-                if record is not None:
-                    record.cancelled = True
-                    self._on(plan.Cancelled(request=argument))
-                    self._forget_cancelled()
+                if record is None:  # finished, and nobody took it
+                    self._on(plan.Delivered(request=argument))
+                    return
+                record.cancelled = True
+                self._on(plan.Cancelled(request=argument))
+                self._forget_cancelled()
 
     def _forget_cancelled(self) -> None:
         """Drop the records of cancelled requests that no rank will report about any more."""

@@ -2,15 +2,37 @@
 
 import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
-from pipelines.rank import RankSpec
+from videopipe.config import Config
+
+
+class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a process needs to become a rank; travels as JSON.
+
+    `store_address` is host:port of the rendezvous store, None for a run of one rank.
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    threads: int
+    device: str
+    endpoint: str
+    token: str
+    run_directory: str
+    store_address: str | None
+    store_prefix: str
+    config: Config
 
 
 class RankEnded(msgspec.Struct, frozen=True):
@@ -41,37 +63,27 @@ class Launcher(Protocol):
     def pids(self) -> dict[int, int]:
         """Process ids of the running ranks."""
 
-    def signal(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal to one rank."""
-
-    def close(self) -> None:
-        """End every rank that still runs."""
+    def end(self) -> None:
+        """End every rank that still runs, at once; returns when they are gone."""
 
 
 class LocalLauncher:
     """Ranks of this host, forked from a zygote (`pipelines.zygote`) in a session of its own.
 
     Ctrl-C in a terminal therefore reaches the engine alone. The zygote starts at once, so that its imports run while
-    the caller still checks its input.
+    the caller still checks its input. It may serve several pipelines one after the other, which then start in a
+    fraction of a second.
     """
 
-    def __init__(
-        self, run_directory: Path, preload: tuple[str, ...], environment: dict[str, str] | None = None
-    ) -> None:
+    def __init__(self, preload: Sequence[str] = ()) -> None:
         # a CUDA check by NVML leaves no driver state behind that a fork would break; the checkout need not be the cwd
         package_root = str(Path(__file__).resolve().parent.parent)
         paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        environ = {
-            **os.environ,
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-            "PYTHONPATH": os.pathsep.join(paths),
-            **(environment or {}),
-        }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.zygote", str(run_directory), *preload],
+            [sys.executable, "-m", "pipelines.zygote", *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=environ,
+            env={**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,
             bufsize=0,
         )
@@ -121,12 +133,17 @@ class LocalLauncher:
         """Process ids of the running ranks."""
         return dict(self._pids)
 
-    def signal(self, rank: int, number: signal.Signals) -> None:
-        """Send a signal to one rank."""
-        self._ask({"signal": [rank, int(number)]})
+    def end(self) -> None:
+        """SIGKILL for all: a rank has nothing to save, and it may be stuck in a transfer with a lost one."""
+        deadline = time.monotonic() + 3.0
+        for rank in self._expected:
+            self._ask({"signal": [rank, int(signal.SIGKILL)]})
+        while self._expected and time.monotonic() < deadline:
+            select.select([self._output.fileno()], [], [], 0.1)
+            self.ended()
 
     def close(self) -> None:
-        """Close the zygote's input: it ends its ranks (SIGTERM, after a second SIGKILL) and itself."""
+        """Close the zygote's input: it ends its ranks and itself."""
         if not self._input.closed:
             self._input.close()
         try:

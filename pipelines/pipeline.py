@@ -22,8 +22,7 @@ from torch import Tensor
 from pipelines.checkpoint import Checkpoint
 from pipelines.engine import Batch, Engine, Finished, Job, Progress
 from pipelines.families import ModelFacts, load_family
-from pipelines.launch import LocalLauncher
-from pipelines.rank import RankSpec, run_rank
+from pipelines.launch import LocalLauncher, RankSpec
 from videopipe.config import Config, ConfigError, check_config, load_config
 from videopipe.control import ControlServer
 from videopipe.geometry import VideoSpec
@@ -76,6 +75,7 @@ class VideoPipeline:
         vae_ranks: int | None = None,
         revision: str | None = None,
         progress: Progress | None = None,
+        launcher: LocalLauncher | None = None,
     ) -> Self:
         """Start the ranks and load each one's parts; returns when all are ready.
 
@@ -90,6 +90,7 @@ class VideoPipeline:
             torch_dtype: precision of all parts, as diffusers' argument of that name.
             dit_ranks, vae_ranks: group sizes; `vae_ranks=0` decodes on the DiT ranks.
             progress: is told of loads, stages and steps.
+            launcher: starts the ranks; give one that served an earlier pipeline, and its imports need not run again.
         Raises:
             ConfigError: the configuration cannot run, before any weight is read.
             CheckpointError: no checkpoint of this family at that place.
@@ -115,10 +116,10 @@ class VideoPipeline:
             raise ConfigError(
                 f"model.family={resolved.model.family!r} is not what {cls.__name__} renders, nearest is {cls.family!r}"
             )
-        return cls.start(resolved, progress=progress)
+        return cls.start(resolved, progress=progress, launcher=launcher)
 
     @classmethod
-    def start(cls, config: Config, *, progress: Progress | None = None) -> Self:
+    def start(cls, config: Config, *, progress: Progress | None = None, launcher: LocalLauncher | None = None) -> Self:
         """As `from_pretrained`, from a resolved configuration."""
         check_config(config)
         checkpoint = Checkpoint(config.model.weights, config.model.revision)
@@ -128,7 +129,7 @@ class VideoPipeline:
         facts = load_family(config.model.family).facts(checkpoint)
         device = resolve_device(config)
         check_devices(config, device, torchrun.world_size if torchrun else None)
-        engine = _start_engine(config, facts, device, torchrun, progress)
+        engine = _start_engine(config, facts, device, torchrun, progress, launcher)
         return cls(engine, config, facts)
 
     # -- rendering
@@ -467,18 +468,22 @@ def _threads_per_rank(config: Config, ranks_here: int) -> int:
 
 
 def _start_engine(
-    config: Config, facts: ModelFacts, device: str, torchrun: "_Torchrun | None", progress: Progress | None
+    config: Config,
+    facts: ModelFacts,
+    device: str,
+    torchrun: "_Torchrun | None",
+    progress: Progress | None,
+    given_launcher: LocalLauncher | None,
 ) -> Engine:
+    own_launcher = LocalLauncher(load_family(config.model.family).preload) if given_launcher is None else None
+    launcher = own_launcher or given_launcher
+    assert launcher is not None
     run_directory = make_run_directory()
     token = secrets.token_hex(16)
     one_host = torchrun is None or torchrun.local_world_size == torchrun.world_size
     address = f"ipc://{run_directory}/control" if one_host else f"tcp://{_own_address()}:0"
     server = ControlServer(address, token)
     threads = _threads_per_rank(config, torchrun.local_world_size if torchrun else config.world_size)
-    environment = {"OMP_NUM_THREADS": str(threads)}
-    if config.schedule.mode == "deterministic":
-        environment["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what torch's deterministic algorithms ask for
-    launcher = LocalLauncher(run_directory, load_family(config.model.family).preload, environment)
     store: dist.TCPStore | None = None
     store_address = None
     if torchrun is not None:
@@ -487,8 +492,17 @@ def _start_engine(
     elif config.world_size > 1:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         store_address = f"127.0.0.1:{store.port}"
-    engine = Engine(config, facts, server=server, launcher=launcher, run_directory=run_directory, progress=progress)
-    engine.keep(store)
+    engine = Engine(
+        config,
+        facts,
+        server=server,
+        launcher=launcher,
+        run_directory=run_directory,
+        progress=progress,
+        rendezvous=store,
+    )
+    if own_launcher is not None:
+        engine.close_with(own_launcher)
     spec = RankSpec(
         rank=0,
         local_rank=0,
@@ -567,6 +581,8 @@ class _Torchrun:
 
     def serve(self) -> int:
         """Be a rank for the pipeline of rank 0 until that closes; the exit code."""
+        from pipelines.rank import run_rank  # brings diffusers, which only ranks need
+
         raw = self.store().get(self.KEY)
         spec = msgspec.json.decode(raw, type=RankSpec)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -12,16 +12,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import msgspec
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from dit_group.worker import DitWorker
 from pipelines.checkpoint import Checkpoint
 from pipelines.families import TextEncoder, load_family
+from pipelines.launch import RankSpec
 from vae_group.worker import VaeWorker
-from videopipe.config import Config
 from videopipe.control import ControlClient
 from videopipe.messages import (
     AbandonRequest,
@@ -52,25 +53,6 @@ from videopipe.trace import SpanRecorder
 HEARTBEAT_S = 0.5
 
 
-class RankSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything a process needs to become a rank; travels as JSON.
-
-    `store_address` is host:port of the rendezvous store, None for a run of one rank.
-    """
-
-    rank: int
-    local_rank: int
-    world_size: int
-    threads: int
-    device: str
-    endpoint: str
-    token: str
-    run_directory: str
-    store_address: str | None
-    store_prefix: str
-    config: Config
-
-
 def run_rank(spec: RankSpec) -> int:
     """Be a rank until told to stop; the exit code of the process.
 
@@ -79,6 +61,8 @@ def run_rank(spec: RankSpec) -> int:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's; it ends its ranks itself
     torch.set_num_threads(spec.threads)
+    transformers_logging.disable_progress_bar()  # n ranks would draw n bars over each other
+    diffusers_logging.disable_progress_bar()
     recorder = SpanRecorder(spec.rank)
     client = ControlClient(spec.endpoint, spec.token, spec.rank)
     device = torch.device(spec.device, spec.local_rank) if spec.device == "cuda" else torch.device("cpu")
@@ -102,7 +86,7 @@ def run_rank(spec: RankSpec) -> int:
             stage="idle" if current is None else current.stage,
             request=None if current is None else current.request,
             step=None if current is None else current.step,
-            out_of_memory=isinstance(error, (MemoryError, torch.OutOfMemoryError)),
+            out_of_memory=is_out_of_memory(error),
         )
         client.send(Envelope(message=failure, spans=tuple(recorder.drain())))
         return 1
@@ -112,8 +96,16 @@ def run_rank(spec: RankSpec) -> int:
     return 0
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out: on the device, in Python, or in torch's CPU allocator."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def _join(spec: RankSpec, device: torch.device) -> Runtime:
     if spec.config.schedule.mode == "deterministic":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
     store = None
     if spec.store_address is not None:

@@ -5,8 +5,8 @@ milliseconds instead of seconds, and the ranks share the memory of all code. It 
 so the fork is safe. It ends its ranks when told to, and when its standard input closes, which happens however the
 engine dies: no rank is ever left behind.
 
-Protocol: one JSON object a line. In: {"start": RankSpec}, {"signal": [rank, number]}. Out: {"ready": true},
-{"started": [rank, pid]}, {"ended": [rank, exit code, or minus the signal]}.
+Protocol: one JSON object a line. In: {"start": RankSpec}, {"signal": [rank, number]}. Out: {"started": [rank, pid]},
+{"ended": [rank, exit code, or minus the signal]}.
 """
 
 import contextlib
@@ -17,7 +17,6 @@ import selectors
 import shutil
 import signal
 import sys
-import time
 from typing import Any
 
 import msgspec
@@ -26,27 +25,25 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> int:
-    """`python -m pipelines.zygote RUN_DIRECTORY MODULE...`: preload the modules, then serve standard input."""
-    run_directory, *modules = argv
+    """`python -m pipelines.zygote MODULE...`: preload the modules, then serve standard input."""
     # whatever an import prints must not look like an answer
     answers = os.dup(1)
     os.dup2(2, 1)
-    for module in ("pipelines.rank", *modules):
+    for module in ("pipelines.rank", *argv):
         importlib.import_module(module)
-    _Zygote(run_directory, answers).serve()
+    _Zygote(answers).serve()
     return 0
 
 
 class _Zygote:
-    def __init__(self, run_directory: str, answers: int) -> None:
-        self._run_directory = run_directory
+    def __init__(self, answers: int) -> None:
         self._answers = answers
+        self._run_directories: set[str] = set()
         self._children: dict[int, tuple[int, int]] = {}  # pidfd -> (rank, pid)
         self._selector = selectors.DefaultSelector()
 
     def serve(self) -> None:
         """Until standard input closes."""
-        self._answer({"ready": True})
         self._selector.register(0, selectors.EVENT_READ)
         buffer = b""
         while True:
@@ -73,9 +70,11 @@ class _Zygote:
                     os.kill(pid, number)
 
     def _fork(self, raw: Any) -> None:
-        from pipelines.rank import RankSpec, run_rank
+        from pipelines.launch import RankSpec  # loaded by main, after fd 1 was moved
+        from pipelines.rank import run_rank
 
         spec = msgspec.convert(raw, RankSpec)
+        self._run_directories.add(spec.run_directory)
         mother = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -108,19 +107,13 @@ class _Zygote:
         self._answer({"ended": [rank, os.waitstatus_to_exitcode(status)]})
 
     def _end(self) -> None:
-        """The engine is gone, or has said goodbye: end what is left, remove the run's files."""
-        for _, pid in self._children.values():
-            os.kill(pid, signal.SIGTERM)
-        deadline = time.monotonic() + 1.0
-        while self._children and time.monotonic() < deadline:
-            for key, _ in self._selector.select(timeout=0.1):
-                if key.fd in self._children:
-                    self._reap(key.fd)
+        """The engine is gone, or has said goodbye: end what is left, remove what runs have left in shared memory."""
         for _, pid in self._children.values():
             os.kill(pid, signal.SIGKILL)
         for fd in list(self._children):
             self._reap(fd)
-        shutil.rmtree(self._run_directory, ignore_errors=True)
+        for directory in self._run_directories:
+            shutil.rmtree(directory, ignore_errors=True)
 
     def _answer(self, answer: dict[str, Any]) -> None:
         with contextlib.suppress(BrokenPipeError):  # nobody reads any more; closed standard input ends the loop
