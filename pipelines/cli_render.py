@@ -20,6 +20,7 @@ from videopipe.records import OutputFormat, VideoRequest, default_id
 
 if TYPE_CHECKING:
     from pipelines.display import Display
+    from pipelines.launch import LocalLauncher
 
 SUFFIXES: dict[OutputFormat, str] = {"mp4": ".mp4", "png": "", "npy": ".npy", "latent": ".safetensors"}
 
@@ -251,8 +252,15 @@ def render_all(
     trace: Path | None = None,
     quiet: bool = False,
     verbose: bool = False,
+    launcher: "LocalLauncher | None" = None,
 ) -> list[Path]:
     """Start the ranks, render, write; the paths of the clips in the order in which they finished.
+
+    Args:
+        trace: where to write a Chrome trace, also when the run fails.
+        quiet: no progress and no summary.
+        verbose: an error brings the traceback of its rank.
+        launcher: starts the ranks, see `VideoPipeline.from_pretrained`.
 
     Raises:
         CommandError: the ranks could not start (2), a rank or a file was lost (1), Ctrl-C (130); clips that were
@@ -264,7 +272,7 @@ def render_all(
     paths: list[Path] = []
     with make_display(requests, quiet=quiet) as display:
         try:
-            summary = _render_into(config, requests, output_dir, trace, display, paths)
+            summary = _render_into(config, requests, output_dir, trace, display, paths, launcher)
         except RankError as error:
             details = error.details if verbose else ""
             raise CommandError(f"{error}; {_finished(paths, requests, output_dir)}", 1, details) from error
@@ -286,6 +294,7 @@ def _render_into(
     trace: Path | None,
     display: "Display",
     paths: list[Path],
+    launcher: "LocalLauncher | None",
 ) -> str:
     """Render and write; appends to `paths` as clips finish. What to tell the user at the end."""
     from pipelines.pipeline import VideoPipeline
@@ -293,7 +302,7 @@ def _render_into(
 
     begin = time.monotonic()
     recorder = SpanRecorder(ENGINE_RANK)
-    with VideoPipeline.start(config, progress=display) as pipe:
+    with VideoPipeline.start(config, progress=display, launcher=launcher) as pipe:
         ready = time.monotonic()
         pipe.trace.rank_names[ENGINE_RANK] = "files"
         try:
