@@ -168,7 +168,7 @@ def test_ctrl_c_ends_within_5_s_and_leaves_nothing(
         assert len(children) >= 3  # zygote and two ranks
         since = time.monotonic()
         process.send_signal(number)
-        stdout, stderr = process.communicate(timeout=10)
+        stdout, stderr = process.communicate(timeout=30)
         seconds = time.monotonic() - since
     assert process.returncode == code, stderr
     assert seconds < 5
@@ -188,7 +188,7 @@ def test_a_lost_rank_is_one_line_and_exit_code_1(tiny_checkpoint: Path, many_pro
         (zygote,) = psutil.Process(process.pid).children()
         ranks = sorted(zygote.children(), key=lambda child: child.pid)
         ranks[1].kill()
-        stdout, stderr = process.communicate(timeout=20)
+        stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     assert re.fullmatch(
         r"videopipe: rank 1 \(vae\) was killed by SIGKILL during (decode of request '\S+'|idle); "

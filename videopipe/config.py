@@ -4,6 +4,7 @@ Precedence: built-in defaults, then the file, then `--set path=value` and the fl
 """
 
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -301,6 +302,8 @@ def _check_type(path: str, value: Any, expected: Any, default: Any = None) -> No
     elif expected is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{path}={_short(value)} must be a number{_nearest_number(value, float, default)}")
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}={value} must be finite, nearest is {default}")
     elif expected is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{path}={_short(value)} must be a whole number{_nearest_number(value, int, default)}")
