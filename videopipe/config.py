@@ -4,6 +4,7 @@ Precedence: built-in defaults, then the file, then `--set path=value` and the fl
 """
 
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -195,6 +196,25 @@ def load_config(source: Path | str | Mapping[str, Any] | None = None, overrides:
     return config
 
 
+def to_toml(config: Config) -> str:
+    """The complete configuration as TOML that `load_config` reads back to the same; keys without a value are left out.
+
+    `schedule.policy = "auto"` and its like stay as they are.
+    """
+    lines: list[str] = []
+    for table, keys in msgspec.to_builtins(config).items():
+        lines.append(f"[{table}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in keys.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: str | float | bool) -> str:
+    if isinstance(value, str):
+        return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")  # TOML's strings are JSON's but for DEL
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def check_config(config: Config) -> None:
     """Refuse combinations that no machine can run.
 
@@ -297,6 +317,8 @@ def _check_type(path: str, value: Any, expected: Any, default: Any = None) -> No
     elif expected is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{path}={_short(value)} must be a number{_nearest_number(value, float, default)}")
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}={value} must be finite, nearest is {default}")
     elif expected is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{path}={_short(value)} must be a whole number{_nearest_number(value, int, default)}")
