@@ -1,7 +1,7 @@
 """What a model family must offer, and the table of families. Adding a model is one file and one line here."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -19,8 +19,8 @@ from videopipe.runtime import Runtime
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the checkpoint's config files alone tell, before any weight is read.
 
-    `attention_layers` self-attention layers that exchange q, k, v and the output; `branches` evaluations of the DiT
-    per step that a request may need (2 with true CFG).
+    `attention_layers` self-attention layers that exchange q, k, v and the output; `text_tokens` the longest prompt,
+    in tokens; `text_dim` and `pooled_dim` the widths of the conditioning, 0 where there is none.
     """
 
     family: str
@@ -29,6 +29,19 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     attention_layers: int
     text_tokens: int
+    text_dim: int = 0
+    pooled_dim: int = 0
+
+
+class PublishedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """The published checkpoint of a family, so that a plan can be explained where it cannot be reached.
+
+    `parameters` counts by the checkpoint's folder.
+    """
+
+    location: str
+    facts: ModelFacts
+    parameters: dict[str, int]
 
 
 class TextEncoder(Protocol):
@@ -37,12 +50,30 @@ class TextEncoder(Protocol):
     def encode(self, request: VideoRequest, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Conditioning by name, on the host; what the caller gave is not encoded again."""
 
+    def text_masks(self, conditioning: Mapping[str, Tensor]) -> list[bytes]:
+        """0 and 1 for each text token, for each evaluation of the DiT in a step."""
+
+
+class Assistant(Protocol):
+    """A VAE rank's help in denoising steps; see `dit_group.assist.Assistant`."""
+
+    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:
+        """Steps of this request may want help; masks as `TextEncoder.text_masks` gave them."""
+
+    def step(self, request: str, helpers: tuple[int, ...]) -> None:
+        """Take part in one step."""
+
+    def forget(self, request: str) -> None:
+        """No step of this request will come any more."""
+
 
 class Family(Protocol):
     """A model family: how its parts are described, loaded and joined."""
 
     name: str
     preload: tuple[str, ...]  # modules that every rank needs, imported once before ranks are forked
+    parts: Mapping[str, tuple[str, ...]]  # folders of the checkpoint that each part loads
+    published: PublishedModel
 
     def facts(self, checkpoint: Checkpoint) -> ModelFacts:
         """Sizes from the config files.
@@ -59,6 +90,9 @@ class Family(Protocol):
 
     def load_denoiser(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Denoiser:
         """Load the DiT onto the rank's device, sharded over the DiT group."""
+
+    def load_assistant(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Assistant:
+        """Prepare to help the DiT group; there are no weights to load."""
 
     def load_decoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Decoder:
         """Load the VAE onto the rank's device."""

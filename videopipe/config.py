@@ -4,6 +4,7 @@ Precedence: built-in defaults, then the file, then `--set path=value` and the fl
 """
 
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -15,6 +16,7 @@ import msgspec
 
 from videopipe.geometry import VideoSpec
 from videopipe.records import OutputFormat
+from videopipe.scheduler import helper_sets
 
 DType = Literal["float32", "bfloat16", "float16"]
 AttentionKernel = Literal[
@@ -75,6 +77,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `heads_per_chunk`: so many heads of each rank travel while others compute (PipeSP); `all` is the plain path.
     `balance`: `heads` gives whole heads to ranks; `rows` divides those left over by query rows, so that 24 heads load
     5 or 7 ranks equally.
+    `co_processing`: VAE ranks that have nothing to decode take a share of the DiT group's attention (PipeDiT's Aco).
     """
 
     strategy: Literal["ulysses", "ring", "usp"] = "ulysses"
@@ -82,6 +85,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     mesh_inside: Literal["ulysses", "ring"] = "ulysses"
     heads_per_chunk: int | Literal["all"] = "all"
     balance: Literal["heads", "rows"] = "heads"
+    co_processing: Literal["on", "off"] = "off"
     text: Literal["auto", "trimmed", "padded"] = "auto"
 
     @property
@@ -178,6 +182,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.schedule.policy
 
     @property
+    def helper_sets(self) -> tuple[tuple[int, ...], ...]:
+        """Sets of VAE ranks that may be lent to a denoising step."""
+        if self.attention.co_processing == "off":
+            return ()
+        return helper_sets(range(self.groups.dit_ranks, self.world_size))
+
+    @property
     def text_trimmed(self) -> bool:
         """Whether padded text tokens are dropped before the DiT."""
         if self.attention.text == "auto":
@@ -214,6 +225,25 @@ def load_config(source: Path | str | Mapping[str, Any] | None = None, overrides:
     return config
 
 
+def to_toml(config: Config) -> str:
+    """The complete configuration as TOML that `load_config` reads back to the same; keys without a value are left out.
+
+    `schedule.policy = "auto"` and its like stay as they are.
+    """
+    lines: list[str] = []
+    for table, keys in msgspec.to_builtins(config).items():
+        lines.append(f"[{table}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in keys.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: str | float | bool) -> str:
+    if isinstance(value, str):
+        return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")  # TOML's strings are JSON's but for DEL
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def check_config(config: Config) -> None:
     """Refuse combinations that no machine can run.
 
@@ -246,6 +276,8 @@ def check_config(config: Config) -> None:
             f"groups.vae_ranks={g.vae_ranks} would idle: schedule.policy='colocated' decodes on the DiT ranks, "
             "nearest is 0"
         )
+    if config.attention.co_processing == "on" and g.vae_ranks == 0:
+        raise ConfigError("attention.co_processing='on' needs a VAE group but groups.vae_ranks=0, nearest is 'off'")
     if g.text_encoder == "vae" and g.vae_ranks == 0:
         raise ConfigError("groups.text_encoder='vae' needs a VAE group but groups.vae_ranks=0, nearest is 'dit'")
 
@@ -258,6 +290,8 @@ def _check_attention(config: Config) -> None:
         unused += [("heads_per_chunk", a.heads_per_chunk, "all"), ("balance", a.balance, "heads")]
     if a.strategy != "usp":
         unused += [("ulysses_degree", a.ulysses_degree, 0), ("mesh_inside", a.mesh_inside, "ulysses")]
+    if a.strategy != "ulysses":  # a helper owns no tokens, so it could only share whole heads
+        unused += [("co_processing", a.co_processing, "off")]
     for name, value, default in unused:
         if value != default:
             raise ConfigError(
@@ -342,6 +376,8 @@ def _check_type(path: str, value: Any, expected: Any, default: Any = None) -> No
     elif expected is float:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ConfigError(f"{path}={_short(value)} must be a number{_nearest_number(value, float, default)}")
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}={value} must be finite, nearest is {default}")
     elif expected is int:
         if isinstance(value, bool) or not isinstance(value, int):
             raise ConfigError(f"{path}={_short(value)} must be a whole number{_nearest_number(value, int, default)}")

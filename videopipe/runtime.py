@@ -2,7 +2,8 @@
 
 import datetime
 import resource
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -28,9 +29,10 @@ class Runtime:
     """One rank of a run.
 
     `exchange_group` joins the DiT ranks and carries activations on their devices (NCCL, or gloo on CPU); None with
-    one DiT rank or on other ranks. `mesh` has its subgroups where the attention strategy needs two axes. `peers` joins
-    all ranks and carries conditioning and latents in host memory over gloo: they are small, and a transfer that waits
-    for its receiver never holds a GPU stream.
+    one DiT rank or on other ranks. `mesh` has its subgroups where the attention strategy needs two axes, and
+    `assist_groups` join the DiT ranks with each set of VAE ranks that may be lent to them (attention co-processing).
+    `peers` joins all ranks and carries conditioning and latents in host memory over gloo: they are small, and a
+    transfer that waits for its receiver never holds a GPU stream.
     """
 
     rank: int
@@ -39,6 +41,7 @@ class Runtime:
     dit_ranks: tuple[int, ...]
     exchange_group: dist.ProcessGroup | None = None
     peers: dist.ProcessGroup | None = None
+    assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     mesh: MeshGroups | None = None
 
     @property
@@ -59,6 +62,7 @@ def start_runtime(
     dit_ranks: tuple[int, ...],
     device: torch.device,
     store: Store | None,
+    helper_sets: Sequence[tuple[int, ...]] = (),
     timeout_s: float = 1800.0,
     mesh: Mesh | None = None,
 ) -> Runtime:
@@ -66,6 +70,7 @@ def start_runtime(
 
     Args:
         store: rendezvous of all ranks; None only where world_size is 1.
+        helper_sets: sets of VAE ranks that may be lent to the DiT group.
         timeout_s: when a collective gives up by itself; the engine's own fault detection is much faster.
         mesh: two axes of the DiT ranks, where the attention strategy needs them.
     """
@@ -81,10 +86,19 @@ def start_runtime(
     # every rank makes every group in the same order; a lazy build inside a step could deadlock
     exchange_group = dist.new_group(list(dit_ranks), timeout=timeout, backend=backend) if len(dit_ranks) > 1 else None
     peers = dist.new_group(list(range(world_size)), timeout=timeout, backend="gloo")
+    assist_groups = {}
+    for helpers in helper_sets:
+        members = (*dit_ranks, *helpers)
+        group = dist.new_group(list(members), timeout=timeout, backend=backend)
+        if rank in members:
+            assist_groups[helpers] = group
     if rank not in dit_ranks:
         exchange_group = None
     if exchange_group is not None:
         dist.all_reduce(torch.zeros(1, device=device), group=exchange_group)  # builds the connections now
+    groups = None
+    if mesh is not None:
+        groups = start_mesh(mesh, rank=rank, dit_ranks=dit_ranks, device=device, timeout_s=timeout_s)
     return Runtime(
         rank=rank,
         world_size=world_size,
@@ -92,9 +106,8 @@ def start_runtime(
         dit_ranks=dit_ranks,
         exchange_group=exchange_group,
         peers=peers,
-        mesh=None
-        if mesh is None
-        else start_mesh(mesh, rank=rank, dit_ranks=dit_ranks, device=device, timeout_s=timeout_s),
+        assist_groups=assist_groups,
+        mesh=groups,
     )
 
 
