@@ -1,0 +1,100 @@
+"""The real tiny HunyuanVideo DiT with 24 heads under ring and USP gives what diffusers gives in one process."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import HunyuanVideoPipeline
+from torch import Tensor
+
+import dit_group.ring
+from pipelines.checkpoint import Checkpoint
+from pipelines.hunyuan_video_parts import HunyuanVideoDenoiser
+from tests.ranks import leave, run_ranks
+from tests.test_sharded_dit import CASES, TOLERANCE, Arrays, by_diffusers, by_us, relative
+from tools.make_tiny_checkpoint import make_hunyuan_video
+from videopipe.config import load_config
+from videopipe.partition import Mesh
+from videopipe.runtime import Runtime, start_mesh
+
+HEADS = 24
+WAYS: tuple[dict[str, Any], ...] = (
+    {"strategy": "ring", "text": "trimmed"},
+    {"strategy": "ring", "text": "padded"},
+    {"strategy": "usp", "text": "padded"},  # as many heads' ranks as divide: plain Ulysses here
+    {"strategy": "usp", "text": "trimmed", "ulysses_degree": 2, "heads_per_chunk": 5},
+    {"strategy": "usp", "text": "padded", "ulysses_degree": 2, "mesh_inside": "ring"},
+    {"strategy": "usp", "text": "trimmed", "ulysses_degree": 1},
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_hunyuan_video(tmp_path_factory.mktemp("tiny"), heads=HEADS, seed=1)
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint: Path) -> Arrays:
+    pipe = HunyuanVideoPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return {name: by_diffusers(pipe, case).numpy() for name, case in CASES.items()}
+
+
+def make_denoiser(path: str, runtime: Runtime, settings: dict[str, Any]) -> HunyuanVideoDenoiser:
+    members = len(runtime.dit_ranks)
+    config = load_config(
+        {"model": {"weights": path}, "groups": {"dit_ranks": members}, "attention": settings},
+    )
+    if config.attention.strategy == "usp":
+        mesh = Mesh.choose(members, HEADS, config.attention.ulysses_degree, config.attention.mesh_inside)
+        groups = start_mesh(mesh, rank=runtime.rank, dit_ranks=runtime.dit_ranks, device=runtime.device)
+        runtime = dataclasses.replace(runtime, mesh=groups)
+    return HunyuanVideoDenoiser(Checkpoint(path), config, runtime)
+
+
+def render_all(runtime: Runtime, path: str, expected: Arrays) -> dict[str, float]:
+    found = {}
+    for settings in WAYS:
+        if runtime.world_size % settings.get("ulysses_degree", 1):
+            continue
+        denoiser = make_denoiser(path, runtime, settings)
+        for name, case in CASES.items():
+            found[f"{name}, {settings}"] = relative(by_us(denoiser, case), torch.from_numpy(expected[name]))
+    leave(runtime)
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "ways"), [(3, 4), (5, 4), (8, 6)])
+def test_ring_and_usp_equal_diffusers_in_one_process(
+    checkpoint: Path, expected: Arrays, world_size: int, ways: int
+) -> None:
+    for found in run_ranks(render_all, world_size, str(checkpoint), expected, timeout=120):
+        assert len(found) == ways * len(CASES)
+        assert max(found.values()) <= TOLERANCE, found
+
+
+def render_twins(runtime: Runtime, path: str, expected: Arrays) -> dict[str, float]:
+    """Partial results that are averaged, and a neighbour's block that never comes round."""
+
+    def averaged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+        return (out + other) / 2, lse
+
+    def first_only(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+        return out, lse
+
+    found = {}
+    truth = torch.from_numpy(expected["odd sizes"])
+    for twin in (averaged, first_only):
+        denoiser = make_denoiser(path, runtime, {"strategy": "ring", "text": "padded"})
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dit_group.ring, "merge_partial", twin)
+            found[twin.__name__] = relative(by_us(denoiser, CASES["odd sizes"]), truth)
+    leave(runtime)
+    return found
+
+
+def test_mistakes_in_the_ring_are_far_outside_the_tolerance(checkpoint: Path, expected: Arrays) -> None:
+    found = run_ranks(render_twins, 3, str(checkpoint), expected)[0]
+    assert min(found.values()) > 100 * TOLERANCE, found
