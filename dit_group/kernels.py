@@ -263,9 +263,10 @@ def merge_partial(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) ->
 
 @dataclass(frozen=True)
 class Need:
-    """What a kernel needs beyond torch: a CUDA device of some compute capability, a package and how to get it."""
+    """What a kernel needs: a CUDA device of some compute capability, 16 bit numbers, a package and how to get it."""
 
-    capability: tuple[int, int] | None = None
+    capability: tuple[int, int]
+    half: bool = True
     package: str | None = None
     how: str = ""
 
@@ -293,7 +294,8 @@ WITH_LSE: dict[Kernel, KernelWithLse] = {
 }
 
 NEEDS: dict[str, Need] = {
-    "sdpa-efficient": Need(capability=(5, 0)),
+    "sdpa-flash": Need(capability=(8, 0)),
+    "sdpa-efficient": Need(capability=(5, 0), half=False),
     "sdpa-cudnn": Need(capability=(8, 0)),
     "flash-attention-2": Need(
         capability=(8, 0), package="flash_attn", how="pip install flash-attn --no-build-isolation"
@@ -309,11 +311,21 @@ NEEDS: dict[str, Need] = {
 }
 
 
-def check_kernel(name: str, device: torch.device, with_lse: bool = False) -> None:
+def check_kernel(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    with_lse: bool = False,
+    look_at_device: bool = True,
+) -> None:
     """Refuse a kernel that cannot run on this device, before any weight is loaded.
 
     Args:
+        dtype: of the activations.
         with_lse: whether the strategy merges partial results (ring, usp).
+        look_at_device: whether to ask a CUDA device for its compute capability, which takes memory on it; a process
+            that only starts ranks leaves that to them.
     Raises:
         ValueError: unknown name, no such package, or an unsuitable device; says how to get it and what comes nearest.
     """
@@ -325,19 +337,20 @@ def check_kernel(name: str, device: torch.device, with_lse: bool = False) -> Non
         raise ValueError(
             f"{path} gives no log-sum-exp, which attention.strategy='ring' and 'usp' need; nearest is 'sdpa'"
         )
-    need = NEEDS.get(name, Need())
+    if name not in NEEDS or (name == "sdpa-flash" and device.type == "cpu"):  # torch's flash kernel exists for both
+        return
+    need = NEEDS[name]
     if need.package is not None and importlib.util.find_spec(need.package) is None:
         raise ValueError(f"{path} needs the package {need.package}: {need.how}; nearest is 'sdpa'")
-    capability = need.capability
-    if name == "sdpa-flash" and device.type == "cuda":
-        capability = (8, 0)
-    if capability is None:
-        return
     if device.type != "cuda":
         raise ValueError(f"{path} needs a CUDA device, not {device.type}; nearest is 'sdpa'")
+    if need.half and dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"{path} needs model.dtype='bfloat16' or 'float16', not {str(dtype)[6:]!r}; nearest is 'sdpa'")
+    if not look_at_device:
+        return
     found = torch.cuda.get_device_capability(device)
-    if found < capability:
-        needed, has = (".".join(map(str, pair)) for pair in (capability, found))
+    if found < need.capability:
+        needed, has = (".".join(map(str, pair)) for pair in (need.capability, found))
         raise ValueError(f"{path} needs compute capability {needed}, this device has {has}; nearest is 'sdpa'")
 
 

@@ -196,7 +196,12 @@ class HunyuanVideoDenoiser:
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
         assert runtime.dit_member is not None, runtime.rank
         _quiet_loading()
-        check_kernel(config.model.attention_kernel, runtime.device, config.attention.strategy in MERGING)
+        check_kernel(
+            config.model.attention_kernel,
+            runtime.device,
+            DTYPES[config.model.dtype],
+            with_lse=config.attention.strategy in MERGING,
+        )
         source, options = checkpoint.location, {"revision": checkpoint.revision}
         self.transformer = HunyuanVideoTransformer3DModel.from_pretrained(
             source, subfolder="transformer", torch_dtype=DTYPES[config.model.dtype], **options

@@ -10,12 +10,14 @@ from diffusers import HunyuanVideoPipeline
 from torch import Tensor
 
 import dit_group.ring
+from pipelines import HunyuanVideoPipeline as OurPipeline
 from pipelines.checkpoint import Checkpoint
 from pipelines.hunyuan_video_parts import HunyuanVideoDenoiser
+from pipelines.launch import LocalLauncher
 from tests.ranks import leave, run_ranks
 from tests.test_sharded_dit import CASES, TOLERANCE, Arrays, by_diffusers, by_us, relative
 from tools.make_tiny_checkpoint import make_hunyuan_video
-from videopipe.config import load_config
+from videopipe.config import ConfigError, load_config
 from videopipe.partition import Mesh
 from videopipe.runtime import Runtime, start_mesh
 
@@ -98,3 +100,42 @@ def render_twins(runtime: Runtime, path: str, expected: Arrays) -> dict[str, flo
 def test_mistakes_in_the_ring_are_far_outside_the_tolerance(checkpoint: Path, expected: Arrays) -> None:
     found = run_ranks(render_twins, 3, str(checkpoint), expected)[0]
     assert min(found.values()) > 100 * TOLERANCE, found
+
+
+# -- through the engine and real processes
+
+CALL: dict[str, Any] = {"height": 64, "width": 48, "num_frames": 17, "num_inference_steps": 2, "output_type": "latent"}
+
+
+def test_a_mesh_of_ranks_renders_what_diffusers_renders(tiny_checkpoint: Path, launcher: LocalLauncher) -> None:
+    theirs = HunyuanVideoPipeline.from_pretrained(tiny_checkpoint)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs("a red fox", generator=torch.Generator().manual_seed(5), **CALL).frames
+    config = {
+        "runtime": {"threads_per_rank": 1},
+        "attention": {"strategy": "usp", "ulysses_degree": 2, "mesh_inside": "ring"},
+    }
+    with OurPipeline.from_pretrained(
+        tiny_checkpoint, config=config, dit_ranks=4, vae_ranks=1, launcher=launcher
+    ) as pipe:
+        for seed, near in ((5, True), (6, False)):
+            ours = torch.as_tensor(pipe("a red fox", generator=torch.Generator().manual_seed(seed), **CALL).frames)
+            assert (relative(ours, expected) <= TOLERANCE) == near
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.attention_kernel=sage"], "needs the package sageattention: pip install"),
+        (
+            ["model.attention_kernel=sdpa-cudnn", "runtime.device=cpu"],
+            "needs a CUDA device, not cpu; nearest is 'sdpa'",
+        ),
+        (["attention.strategy=usp", "groups.dit_ranks=8", "attention.ulysses_degree=8"], "4 heads, nearest is 4"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_ranks_start(
+    tiny_checkpoint: Path, overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OurPipeline.from_pretrained(tiny_checkpoint, overrides=overrides)
