@@ -12,9 +12,10 @@ from dit_group.attention import SequenceParallel
 from dit_group.kernels import math, sdpa
 from dit_group.ulysses import Balance
 from dit_group.usp import Usp
+from pipelines.explain import RankPlan, explain_config
 from tests.ranks import leave, run_ranks
 from videopipe.config import ConfigError, load_config
-from videopipe.partition import JointSequence, Mesh, split_evenly
+from videopipe.partition import JointSequence, Mesh, ring_bytes, split_evenly
 from videopipe.runtime import MeshGroups, Runtime, start_mesh
 
 HEAD_DIM = 8
@@ -194,6 +195,8 @@ def check_bytes(runtime: Runtime) -> None:
         following = ring[(ring.index(member) + 1) % len(ring)]
         brought = sum(counts[peer] for peer in mesh.mesh.ulysses_members(following))
         expected[following] = 2 * (25 - brought) * mine * element
+        blocks = [sum(counts[peer] for peer in mesh.mesh.ulysses_members(r)) for r in ring]
+        assert expected[following] == ring_bytes(blocks, ring.index(member), 1, mine, HEAD_DIM, 4)
         assert sent == expected, (inside, sent, expected)
     leave(runtime)
 
@@ -292,3 +295,29 @@ def test_configurations_that_run() -> None:
     )
     assert config.attention.ulysses_degree == 3 and config.attention.mesh_inside == "ring"
     assert load_config(None, ["attention.strategy=ring"]).attention.strategy == "ring"
+
+
+# -- what `videopipe explain` says of it
+
+
+def explained(*overrides: str) -> list[RankPlan]:
+    common = ["groups.dit_ranks=6", "groups.vae_ranks=1", "model.dtype=bfloat16", "runtime.device=cpu"]
+    return list(explain_config(load_config(None, [*common, *overrides])).ranks)
+
+
+def test_explain_counts_what_ring_and_usp_send() -> None:
+    element = 128 * 2
+    ranks = explained("attention.strategy=ring")[:6]
+    counts = [rank.video_tokens + rank.text_tokens for rank in ranks]
+    for i, rank in enumerate(ranks):
+        assert rank.heads == 24
+        assert rank.exchange_bytes_per_layer == 2 * (sum(counts) - counts[(i + 1) % 6]) * 24 * element
+    for inside, partner, after in (("ulysses", 1, 2), ("ring", 3, 1)):
+        mesh = explained("attention.strategy=usp", "attention.ulysses_degree=2", f"attention.mesh_inside={inside}")
+        other, following = partner, counts[after] + counts[after + partner]  # the next line of the ring
+        line = (3 * counts[0] + counts[other]) * 12 * element
+        assert mesh[0].heads == 12
+        assert mesh[0].exchange_bytes_per_layer == line + 2 * (sum(counts) - following) * 12 * element
+        assert mesh[6].exchange_bytes_per_layer == 0
+    plain, as_mesh = explained(), explained("attention.strategy=usp")
+    assert [r.exchange_bytes_per_layer for r in plain] == [r.exchange_bytes_per_layer for r in as_mesh]

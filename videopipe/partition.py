@@ -139,6 +139,15 @@ class Mesh(msgspec.Struct, frozen=True):
         return tuple(range(member % self.ulysses_degree, self.members, self.ulysses_degree))
 
 
+def ring_bytes(token_counts: Sequence[int], member: int, batch: int, heads: int, head_dim: int, itemsize: int) -> int:
+    """Bytes that `member` sends to the next one while keys and values of all members pass round once.
+
+    All blocks leave it but the one that the next member brought itself; one member sends nothing.
+    """
+    following = (member + 1) % len(token_counts)
+    return 2 * batch * (sum(token_counts) - token_counts[following]) * heads * head_dim * itemsize
+
+
 class JointSequence(msgspec.Struct, frozen=True):
     """Video and text tokens of one joint-attention sequence, both sharded over the same members.
 
