@@ -140,7 +140,11 @@ class VideoClip:
             yield frame
             count += 1
         if count != self.info.num_frames:
-            raise ValueError(f"{self._path}: damaged: holds {self.info.num_frames} frames, {count} could be decoded")
+            raise ValueError(self._stops_after(count))
+
+    def _stops_after(self, count: int) -> str:
+        """Decoders work ahead on threads, so the damage lies at this frame or a little after it."""
+        return f"{self._path}: damaged: decoding stops after {count} of {self.info.num_frames} frames"
 
     def _decord_frames(self) -> Iterator[NDArray[Any]]:
         import decord
@@ -152,7 +156,7 @@ class VideoClip:
                 yield reader.next().asnumpy()
                 done += 1
         except decord.DECORDError as error:
-            raise ValueError(f"{self._path}: damaged: frame {done} cannot be decoded") from error
+            raise ValueError(self._stops_after(done)) from error
 
     def _av_frames(self) -> Iterator[NDArray[Any]]:
         import av
@@ -168,7 +172,7 @@ class VideoClip:
                     yield _rgb(frame, self.info.bit_depth)
                     done += 1
         except av.FFmpegError as error:
-            raise ValueError(f"{self._path}: damaged: frame {done} cannot be decoded ({error.strerror})") from error
+            raise ValueError(f"{self._stops_after(done)} ({error.strerror})") from error
 
 
 class FolderClip:

@@ -42,7 +42,7 @@ class Watcher:
         self._looked = 0
         self._largest = 0.0
         self._brightness: list[float] = []
-        self._noise: list[float] = []
+        self._noise: list[float] = []  # mean squared error of each frame, on thumbnails
 
     def see(self, ref: NDArray[Any], cand: NDArray[Any], equal: bool) -> None:
         """The next pair of frames [H, W, 3]; `equal` if they are bit for bit."""
@@ -55,11 +55,11 @@ class Watcher:
         if len(self._waiting) > _REACH:
             self._place(*self._waiting.popleft())
         self._brightness.append(float((small_cand - small_ref).mean()))
+        error = float(np.square(small_cand - small_ref).mean())
+        self._noise.append(error)
         if equal:
             return
         self._different += 1
-        error = float(np.square(small_cand - small_ref).mean())
-        self._noise.append(error)
         if self._first is None or (error > 1.5 * self._largest and self._looked < _LOOKS):
             self._first = t if self._first is None else self._first
             self._looked += 1
@@ -138,8 +138,9 @@ class Watcher:
         return f"frame {self._first}: only {where} differ"
 
     def _flicker_findings(self) -> list[str]:
-        steps = np.diff(np.asarray(self._brightness))
-        jumps = [int(t) + 1 for t in np.flatnonzero(np.abs(steps) > _FLICKER_LEVELS)]
+        steps, noise = np.diff(np.asarray(self._brightness)), np.asarray(self._noise)
+        explains = np.square(steps) > 0.25 * np.maximum(noise[1:], noise[:-1])  # not the mean of a larger difference
+        jumps = [int(t) + 1 for t in np.flatnonzero((np.abs(steps) > _FLICKER_LEVELS) & explains)]
         if not jumps or len(self._runs) > 1:  # a wrong order explains it
             return []
         listed = ", ".join(map(str, jumps[:8])) + (f" and {len(jumps) - 8} more" if len(jumps) > 8 else "")

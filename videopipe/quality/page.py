@@ -26,8 +26,8 @@ def write_page(
     *,
     align: Collection[Align] = (),
     resize: bool = False,
-    max_frames: int = 240,
-    max_width: int = 640,
+    max_frames: int = 160,
+    max_width: int = 480,
     trace: Sequence[str] = (),
 ) -> None:
     """Write the report of one comparison; the clips are read a second time for their pictures.
@@ -65,7 +65,7 @@ def write_page(
 
 
 def page_data(
-    comparison: Comparison, ref: Clip, cand: Clip, *, max_width: int = 640, trace: Sequence[str] = ()
+    comparison: Comparison, ref: Clip, cand: Clip, *, max_width: int = 480, trace: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Everything in the page but the pictures, as plain values."""
     names = list(comparison.series)
@@ -155,9 +155,9 @@ def _picture(frame: NDArray[Any], max_width: int) -> str:
 
 
 def _heat(ref: NDArray[Any], cand: NDArray[Any], max_width: int) -> str:
-    """Largest difference of the channels [H, W]; where scaled down, the largest of the pixels below, so none is lost."""
+    """Largest difference of the channels [H, W]; where scaled down, the largest of the pixels below: none is lost."""
     difference = np.abs(cand.astype(np.float32) - ref.astype(np.float32)).max(axis=2)
-    height, width = _scaled(*difference.shape, max_width)
+    height, width = _scaled(difference.shape[0], difference.shape[1], max_width)
     if (height, width) != difference.shape:
         rows = np.linspace(0, difference.shape[0], height + 1).astype(int)[:-1]
         cols = np.linspace(0, difference.shape[1], width + 1).astype(int)[:-1]

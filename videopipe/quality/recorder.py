@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class StepRecorder:
     """Writes `<folder>/step_NNNN.safetensors` after each step, until closed.
 
-    Each file holds the outputs of all blocks (for the steps in `block_steps`), the denoiser's prediction and the
+    Each file holds the outputs of all blocks (for the steps in `block_steps`), the denoiser's predictions and the
     latents after the step. Hooks observe and change nothing.
     """
 
@@ -88,8 +88,7 @@ class StepRecorder:
         del module, args
         first = next(iter(_tensors_of(output)), None)
         if first is not None:
-            self._tensors.pop("prediction", None)  # the last pass counts, at its place in the order
-            self._tensors["prediction"] = first.detach().clone()
+            self._tensors[f"pass.{self._pass}/prediction"] = first.detach().to("cpu", copy=True)
         self._pass += 1
 
     def _block_hook(self, name: str) -> Any:

@@ -1,5 +1,6 @@
 """A comparison in the terminal: a table with one line per metric, and a sparkline over time."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ def sparkline(values: Sequence[float], width: int = 40, *, higher_is_better: boo
     count = min(width, len(values))
     edges = [len(values) * i // count for i in range(count + 1)]
     pick = min if higher_is_better else max
-    worst = [pick(values[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    worst = [pick(values[a:b]) for a, b in itertools.pairwise(edges)]
     finite = [value for value in worst if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     if any(not math.isfinite(value) for value in worst):
@@ -41,25 +42,26 @@ def print_comparison(console: Console, comparison: Comparison, *, title: str | N
     """The table, where the clips part, and what the difference looks like."""
     head = title or f"{Path(comparison.ref.path).name} and {Path(comparison.cand.path).name}"
     table = Table(title=escape(head), title_justify="left", header_style="bold")
-    for column in ("metric", "mean", "worst", "frame", "p5", "p50", "p95", "over time"):
+    percentiles = (5, 50, 95) if console.width >= 110 else ()
+    for column in ("metric", "mean", "worst", "frame", *(f"p{q}" for q in percentiles), "over time"):
         table.add_column(column, justify="left" if column in ("metric", "over time") else "right", no_wrap=True)
-    width = max(10, min(40, console.width - 72))
+    width = max(8, min(40, console.width - 52 - 10 * len(percentiles)))
     for name, series in comparison.series.items():
-        table.add_row(*_row(name, series, width, equal=comparison.first_different_frame is None))
+        table.add_row(*_row(name, series, width, percentiles, equal=comparison.first_different_frame is None))
     console.print(table)
-    console.print(_verdict(comparison), highlight=False)
+    console.print(_verdict(comparison), highlight=False, soft_wrap=True)
     for line in (*comparison.findings, *comparison.notes):
         console.print(f"  - {escape(line)}", highlight=False, soft_wrap=True)
 
 
-def _row(name: str, series: Series, width: int, *, equal: bool) -> tuple[str, ...]:
+def _row(name: str, series: Series, width: int, percentiles: tuple[int, ...], *, equal: bool) -> tuple[str, ...]:
     unit = METRICS[series.name].unit
     return (
         f"{name} [{unit}]".replace("[]", "").strip().replace("[", r"\["),
         number(series.mean),
         number(series.worst),
         "-" if equal else str(series.worst_frame),
-        *(number(series.percentile(q)) for q in (5, 50, 95)),
+        *(number(series.percentile(q)) for q in percentiles),
         sparkline(series.values, width, higher_is_better=series.higher_is_better),
     )
 

@@ -5,7 +5,7 @@ tensors carry names; the metadata holds `format` = "videopipe.steps/1" and `orde
 order in which they came to be, so that the first difference is the earliest one. Names in use:
 
     pass.0/transformer_blocks.4/0   first output of that block in the first forward pass of the step (second pass: CFG)
-    prediction                      what the denoiser returned, of the last pass
+    pass.0/prediction               what the denoiser returned in that pass
     latents                         latents after the step
 
 Tensors are whole: a run on many ranks gathers them before it writes. Only the steps asked for hold blocks.
