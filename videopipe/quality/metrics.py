@@ -74,9 +74,9 @@ def ssim(ref: Frames, cand: Frames, data_range: float | None = None) -> Values:
 
 
 def ms_ssim(ref: Frames, cand: Frames, data_range: float | None = None) -> Values:
-    """Structural similarity over five scales, per frame [T], mean over the three channels.
+    """Structural similarity over five scales, per frame [T], as torchmetrics gives it.
 
-    Each scale halves the sides by 2x2 averaging. Negative contrast terms count as 0.
+    Each scale halves the sides by 2x2 averaging and takes the mean over pixels and channels; negative means count as 0.
 
     Raises:
         ValueError: shapes differ, a side is below 161 px, or values lie outside `data_range`.
@@ -95,13 +95,13 @@ def ssim_pair(ref: Frames, cand: Frames, data_range: float, *, scales: bool) -> 
     single = float(similarity.mean())
     if not scales:
         return single, float("nan")
-    product = np.maximum(contrast, 0.0) ** MS_SSIM_WEIGHTS[0]
+    product = max(float(contrast.mean()), 0.0) ** MS_SSIM_WEIGHTS[0]
     for level, weight in enumerate(MS_SSIM_WEIGHTS[1:], start=1):
         ref, cand = _halve(ref), _halve(cand)
         similarity, contrast = ssim_and_contrast(ref, cand, data_range)
         term = similarity if level == len(MS_SSIM_WEIGHTS) - 1 else contrast
-        product = product * np.maximum(term, 0.0) ** weight
-    return single, float(product.mean())
+        product *= max(float(term.mean()), 0.0) ** weight
+    return single, product
 
 
 def ssim_and_contrast(ref: Frames, cand: Frames, data_range: float) -> tuple[Values, Values]:
