@@ -72,12 +72,18 @@ def test_latents_are_compared_per_latent_frame(tmp_path, shape):
     save_file({"latents": ref}, tmp_path / "a.safetensors")
     save_file({"latents": cand}, tmp_path / "b.safetensors")
     result = compare_clips(open_clip(tmp_path / "a.safetensors"), open_clip(tmp_path / "b.safetensors"))
-    assert (result.num_frames, result.first_different_frame, list(result.series)) == (5, 3, ["max_abs", "mae", "rel_l2"])
+    assert (result.num_frames, result.first_different_frame, list(result.series)) == (
+        5,
+        3,
+        ["max_abs", "mae", "rel_l2"],
+    )
     assert result.series["max_abs"].worst == pytest.approx(0.5, abs=0.02)
 
 
 def test_ten_bit_video_keeps_its_precision(tmp_path):
-    path = write_video(tmp_path / "a.mp4", REF, codec="libx265", pix_fmt="yuv420p10le", options={"x265-params": "log-level=none"})
+    path = write_video(
+        tmp_path / "a.mp4", REF, codec="libx265", pix_fmt="yuv420p10le", options={"x265-params": "log-level=none"}
+    )
     clip = open_clip(path)
     frame = next(iter(clip.frames()))
     assert (clip.info.bit_depth, clip.info.decoder, frame.dtype) == (10, "av", np.float32)
@@ -151,10 +157,17 @@ def test_mismatches_name_both_values_and_the_way_out(folder, tmp_path):
     np.save(tmp_path / "latents.npy", np.zeros((1, 4, 5, 6, 8), np.float32))
     fast = write_video(tmp_path / "fast.mp4", REF, fps=30)
     varying = write_video(tmp_path / "vfr.mp4", REF, times=[0, 20, 80, 120, 160, 240, 250, 290, 330, 400, 420, 460])
-    ten = write_video(tmp_path / "ten.mp4", REF, codec="libx265", pix_fmt="yuv420p10le", options={"x265-params": "log-level=none"})
+    ten = write_video(
+        tmp_path / "ten.mp4", REF, codec="libx265", pix_fmt="yuv420p10le", options={"x265-params": "log-level=none"}
+    )
     frames, video = folder / "frames.npy", folder / "exact.mp4"
     for ref, cand, message, align in (
-        (frames, tmp_path / "short.npy", "length differs: REF has 12 frames, CAND has 9; pass --align length", "length"),
+        (
+            frames,
+            tmp_path / "short.npy",
+            "length differs: REF has 12 frames, CAND has 9; pass --align length",
+            "length",
+        ),
         (video, fast, "frame rate differs: REF has 24 fps, CAND has 30 fps; pass --align time", "time"),
         (video, fast, "frame rate differs", "index"),
         (video, varying, r"REF has 24 fps, CAND has variable frame rate \(10.0 to 80.0 ms", "time"),
@@ -176,10 +189,14 @@ def test_mismatches_name_both_values_and_the_way_out(folder, tmp_path):
 def test_hdr_transfer_against_sdr_is_refused(tmp_path):
     def encode(name, transfer):
         params = f"log-level=none:colorprim=bt2020:transfer={transfer}:colormatrix=bt2020nc"
-        return write_video(tmp_path / name, REF[:3], codec="libx265", pix_fmt="yuv420p10le", options={"x265-params": params})
+        return write_video(
+            tmp_path / name, REF[:3], codec="libx265", pix_fmt="yuv420p10le", options={"x265-params": params}
+        )
 
     pq, sdr = encode("pq.mp4", "smpte2084"), encode("sdr.mp4", "bt2020-10")
-    with pytest.raises(ValueError, match=r"REF is yuv420p10le \(10 bits, PQ \(SMPTE ST 2084\)\), CAND is yuv420p10le \(10 bits\)"):
+    with pytest.raises(
+        ValueError, match=r"REF is yuv420p10le \(10 bits, PQ \(SMPTE ST 2084\)\), CAND is yuv420p10le \(10 bits\)"
+    ):
         checked(pq, sdr)
 
 
