@@ -2,24 +2,29 @@
 
 import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from videopipe.quality.align import Align, parse_align
+from videopipe.quality.align import Align, paired_frames, parse_align
 from videopipe.quality.clips import Clip, Decoder, is_output_directory, open_clip
-from videopipe.quality.compare import Comparison, MetricName, compare_clips, parse_metrics, to_json
+from videopipe.quality.compare import Comparison, MetricName, Series, compare_clips, parse_metrics, to_json
 from videopipe.quality.files import replacing
 from videopipe.quality.floor import FloorJudgement, NoiseFloor, floor_from, judge
 from videopipe.quality.folders import FolderComparison, compare_folders
+from videopipe.quality.lpips import Lpips
 from videopipe.quality.page import write_page
 from videopipe.quality.terminal import number, print_comparison
 from videopipe.quality.thresholds import Expectation, Threshold, failures, parse_thresholds
 from videopipe.quality.trace import Trace, steps_folder, trace
+from videopipe.quality.vmaf import find_ffmpeg
+from videopipe.quality.vmaf import vmaf as measure_vmaf
 
 app = typer.Typer(add_completion=False)
 
@@ -38,6 +43,8 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
     reruns: tuple[Path, ...]
     slack: float
     tolerance: float
+    vmaf: Path | None  # the ffmpeg to measure it with
+    lpips: Lpips | None
     json: Path | None
     report: Path | None
     report_frames: int
@@ -88,6 +95,12 @@ def compare(
     trace_tolerance: Annotated[
         float, typer.Option(help="Largest relative L2 difference that passes in recorded steps.")
     ] = 0.0,
+    vmaf: Annotated[bool, typer.Option("--vmaf", help="Also VMAF, through an ffmpeg that has libvmaf.")] = False,
+    ffmpeg: Annotated[Path | None, typer.Option(help="The ffmpeg for --vmaf; found by itself if left out.")] = None,
+    lpips_backbone: Annotated[
+        Path | None, typer.Option(help="Also LPIPS: AlexNet's weights on disk (torchvision's names).")
+    ] = None,
+    lpips_heads: Annotated[Path | None, typer.Option(help="The LPIPS authors' heads for AlexNet, version 0.1.")] = None,
     decoder: Annotated[str, typer.Option(help="auto, decord or av.")] = "auto",
     workers: Annotated[int | None, typer.Option(help="Frames measured at a time; one per core by default.")] = None,
     report_frames: Annotated[int, typer.Option(help="Frames with pictures in the report.")] = 160,
@@ -112,6 +125,8 @@ def compare(
             reruns=tuple(rerun or ()),
             slack=slack,
             tolerance=trace_tolerance,
+            vmaf=find_ffmpeg(ffmpeg) if vmaf else None,
+            lpips=_load_lpips(lpips_backbone, lpips_heads),
             json=json_file,
             report=report,
             report_frames=report_frames,
@@ -185,7 +200,7 @@ def _run_steps(ref: Path, cand: Path, job: _Job, console: Console) -> int:
 
 def _compare_pair(ref: Path, cand: Path, job: _Job, page: Path | None, console: Console) -> _Outcome:
     left, right = open_clip(ref, job.decoder), open_clip(cand, job.decoder)
-    comparison = _measure(left, right, job, console)
+    comparison = _with_extras(_measure(left, right, job, console), left, right, job)
     folders = steps_folder(ref), steps_folder(cand)
     found = None
     if all(folder.is_dir() for folder in folders):
@@ -230,13 +245,32 @@ def _measure(ref: Clip, cand: Clip, job: _Job, console: Console) -> Comparison:
         )
 
 
+def _with_extras(comparison: Comparison, ref: Clip, cand: Clip, job: _Job) -> Comparison:
+    """The comparison with VMAF and LPIPS added, each in a pass of its own."""
+    if job.vmaf is None and job.lpips is None:
+        return comparison
+    if ref.info.latents:
+        raise ValueError(f"vmaf and lpips apply to frames, {ref.info.path} holds latents")
+
+    def pairs() -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+        return paired_frames(ref, cand, job.align, resize=job.resize)
+
+    series = dict(comparison.series)
+    if job.vmaf is not None:
+        series["vmaf"] = Series(name="vmaf", values=tuple(measure_vmaf(pairs(), job.vmaf)))
+    if job.lpips is not None:
+        series["lpips"] = Series(name="lpips", values=tuple(job.lpips.values(pairs())))
+    return msgspec.structs.replace(comparison, series=series)
+
+
 def _judge(
     ref: Path, cand: Path, comparison: Comparison, job: _Job, console: Console
 ) -> tuple[NoiseFloor, FloorJudgement]:
     """The noise floor of REF and its reruns, and CAND against it."""
 
     def pair(a: Path, b: Path) -> Comparison:
-        return _measure(open_clip(a, job.decoder), open_clip(b, job.decoder), job, console)
+        left, right = open_clip(a, job.decoder), open_clip(b, job.decoder)
+        return _with_extras(_measure(left, right, job, console), left, right, job)
 
     runs = (ref, *job.reruns)
     floor = floor_from((pair(a, b) for a, b in itertools.combinations(runs, 2)), len(runs))
@@ -307,6 +341,15 @@ def _check_outputs(job: _Job) -> None:
     for path in (job.json, job.report):
         if path is not None and not path.parent.is_dir():
             raise ValueError(f"{path}: the folder {path.parent} does not exist")
+
+
+def _load_lpips(backbone: Path | None, heads: Path | None) -> Lpips | None:
+    if backbone is None and heads is None:
+        return None
+    if backbone is None or heads is None:
+        given, missing = ("heads", "backbone") if backbone is None else ("backbone", "heads")
+        raise ValueError(f"--lpips-{given} needs --lpips-{missing} as well: LPIPS takes both files of weights")
+    return Lpips(backbone, heads)
 
 
 def _parse_seams(text: str) -> tuple[int, ...]:
