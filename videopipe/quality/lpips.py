@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from videopipe.quality.weights import load_state, take
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -42,14 +44,14 @@ class Lpips:
         Raises:
             ValueError: a file that cannot be read, or lacks a weight of the right shape.
         """
-        convolutions, linear = _load(backbone), _load(heads)
+        convolutions, linear = load_state(backbone), load_state(heads)
         self._convolutions = []
         self._heads = []
         for i, (name, out, channels, kernel, *_) in enumerate(_LAYERS):
-            weight = _take(backbone, convolutions, f"features.{name}.weight", (out, channels, kernel, kernel))
-            bias = _take(backbone, convolutions, f"features.{name}.bias", (out,))
+            weight = take(backbone, convolutions, f"features.{name}.weight", (out, channels, kernel, kernel))
+            bias = take(backbone, convolutions, f"features.{name}.bias", (out,))
             self._convolutions.append((weight, bias))
-            self._heads.append(_take(heads, linear, f"lin{i}.model.1.weight", (1, out, 1, 1)))
+            self._heads.append(take(heads, linear, f"lin{i}.model.1.weight", (1, out, 1, 1)))
 
     def frame(self, ref: NDArray[Any], cand: NDArray[Any]) -> float:
         """The distance of one pair of frames [H, W, 3] on the scale 0..255.
@@ -87,29 +89,3 @@ class Lpips:
             x = F.relu(F.conv2d(x, weight, bias, stride=stride, padding=padding))
             found.append(x)
         return found
-
-
-def _load(path: Path) -> dict[str, "Tensor"]:
-    import pickle
-
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path}: not a readable file of weights ({error})") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds a {type(state).__name__}, need a state dict")
-    return state
-
-
-def _take(path: Path, state: dict[str, "Tensor"], name: str, shape: tuple[int, ...]) -> "Tensor":
-    tensor = state.get(name)
-    if tensor is None or tuple(tensor.shape) != shape:
-        found = "nothing" if tensor is None else str(list(tensor.shape))
-        raise ValueError(f"{path}: {name} must have shape {list(shape)}, found {found}")
-    return tensor.float()
