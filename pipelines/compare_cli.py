@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from videopipe.quality.align import Align, paired_frames, parse_align
-from videopipe.quality.clips import Clip, Decoder, is_output_directory, open_clip
+from videopipe.quality.clips import Clip, Decoder, clips_in, is_output_directory, open_clip
 from videopipe.quality.compare import Comparison, MetricName, Series, compare_clips, parse_metrics, to_json
 from videopipe.quality.files import replacing
 from videopipe.quality.floor import FloorJudgement, NoiseFloor, floor_from, judge
@@ -143,7 +143,13 @@ def compare(
 def _run(ref: Path, cand: Path, job: _Job, console: Console, errors: Console) -> int:
     if ref.suffix == ".steps" and ref.is_dir() and cand.is_dir():
         return _run_steps(ref, cand, job, console)
+    for path in (ref, cand):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
     folders = is_output_directory(ref), is_output_directory(cand)
+    for path, folder in zip((ref, cand), folders, strict=True):
+        if folder:
+            clips_in(path)  # an empty folder is said to be empty before anything else
     if folders[0] != folders[1]:
         kind = ["a directory of clips" if folder else "one clip" for folder in folders]
         raise ValueError(f"REF ({ref}) is {kind[0]}, CAND ({cand}) is {kind[1]}; need two clips or two directories")

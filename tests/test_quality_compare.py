@@ -260,3 +260,7 @@ def test_directories_are_matched_by_request_id(folders):
     assert 'href="all/b.html"' in (folders / "all.html").read_text()
     assert run(folders / "ref", folders / "cand", "--expect", "identical").exit_code == 1
     assert run(folders / "ref", folders / "cand" / "a.npy").exit_code == 2
+    (folders / "empty").mkdir()
+    for path, words in ((folders / "empty", "holds neither images nor clips"), (folders / "absent", "no such file")):
+        result = run(folders / "ref", path)
+        assert (result.exit_code, words in " ".join(result.output.split())) == (2, True), result.output

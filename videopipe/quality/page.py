@@ -56,7 +56,8 @@ def write_page(
     with replacing(path) as partial, partial.open("w", encoding="utf-8") as out:
         out.write(before)
         if chosen:
-            for t, (a, b) in enumerate(paired_frames(ref, cand, align, resize=resize)):
+            last = max(chosen)
+            for t, (a, b) in zip(range(last + 1), paired_frames(ref, cand, align, resize=resize), strict=False):
                 if t in chosen:
                     out.write(_shot(t, a, b, max_width))
         out.write(between)
