@@ -1,6 +1,8 @@
 """Metrics equal scikit-image, torchmetrics and ffmpeg on the same frames; temporal ones find what they are for."""
 
 import math
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -142,6 +144,12 @@ def test_flicker_is_blind_to_what_stays_and_sees_what_comes_and_goes():
     cand[4] = brighter(ref[4], 10)
     assert np.flatnonzero(quality.flicker(ref, cand)).tolist() == [4, 5]
     assert quality.flicker(ref, cand)[4] == pytest.approx(10)
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, videopipe.quality; print({'torch', 'av', 'scipy', 'decord', 'rich'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
 
 
 def test_seam_score_finds_the_border_that_jumps():

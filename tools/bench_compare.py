@@ -3,8 +3,9 @@
     python -m tools.bench_compare                      # 720p, makes its own two clips
     python -m tools.bench_compare --ref a.mp4 --cand b.mp4
 
-Both sides decode the two files and measure PSNR and SSIM of every frame, in this process, in alternating order. ffmpeg
-measures on the decoded planes with its 8x8 SSIM; videopipe on RGB with the Gaussian 11x11 window of the literature.
+Both sides decode the two files and measure PSNR and SSIM of every frame, in this process, in alternating order. CPU
+time per frame says what remains to be had on a machine that others use as well. ffmpeg measures on the decoded planes
+with its 8x8 SSIM; videopipe on RGB with the Gaussian 11x11 window of the literature.
 """
 
 import statistics
@@ -112,16 +113,18 @@ def main(
             "ffmpeg": lambda: ffmpeg(ref, cand),
         }
         rates: dict[str, list[float]] = {name: [] for name in sides}
+        cpu_ms: dict[str, list[float]] = {name: [] for name in sides}
         for run in sides.values():
             run()  # warm-up
         for i in range(repeats):
             for name in sides if i % 2 == 0 else reversed(sides):
-                start = time.perf_counter()
+                start, cpu_start = time.perf_counter(), time.process_time()
                 frames = sides[name]()
                 rates[name].append(frames / (time.perf_counter() - start))
+                cpu_ms[name].append(1000 * (time.process_time() - cpu_start) / frames)
         info = open_clip(ref).info
     for name, values in rates.items():
-        print(f"{name}: {_spread(values)} frames/s")
+        print(f"{name}: {_spread(values)} frames/s, {_spread(cpu_ms[name])} ms of CPU time per frame")
     ratios = [a / b for a, b in zip(rates["videopipe"], rates["ffmpeg"], strict=True)]
     print(
         f"videopipe / ffmpeg: {_spread(ratios)}, {info.num_frames} frames of {info.width}x{info.height}, "
