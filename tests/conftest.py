@@ -1,6 +1,12 @@
 """Options and fixtures shared by all tests."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
+
+from pipelines.hunyuan_video import HunyuanVideo
+from pipelines.launch import LocalLauncher
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,3 +20,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random HunyuanVideo checkpoint of the real classes, 4 heads."""
+    from tools.make_tiny_checkpoint import make_hunyuan_video
+
+    return make_hunyuan_video(tmp_path_factory.mktemp("tiny") / "hunyuan-video", seed=0)
+
+
+@pytest.fixture(scope="session")
+def launcher() -> Iterator[LocalLauncher]:
+    """One zygote for all pipelines of the session: its imports take seconds, a fork takes milliseconds."""
+    shared = LocalLauncher(HunyuanVideo.preload)
+    yield shared
+    shared.close()

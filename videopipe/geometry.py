@@ -88,7 +88,8 @@ class LatentGeometry(msgspec.Struct, frozen=True, kw_only=True):
                 rule += f" in groups of {self.patch_t} latent frames"
             raise ValueError(f"{where}num_frames={spec.num_frames} must be {rule}, nearest is {near}")
         if not 0 < spec.fps <= 1000:
-            raise ValueError(f"{where}fps={spec.fps:g} must be between 0 and 1000, nearest is {24 if spec.fps <= 0 else 1000}")
+            nearest_fps = 24 if spec.fps <= 0 else 1000
+            raise ValueError(f"{where}fps={spec.fps:g} must be between 0 and 1000, nearest is {nearest_fps}")
 
     def nearest_num_frames(self, num_frames: int) -> int:
         """The valid number of frames closest to `num_frames` (the larger of two equally close ones)."""

@@ -46,13 +46,14 @@ class VideoRequest(msgspec.Struct, frozen=True, kw_only=True):
         if self.num_inference_steps < 1:
             raise ValueError(f"{where}num_inference_steps={self.num_inference_steps} must be at least 1, nearest is 1")
         if not 0 <= self.seed < 2**63:
-            raise ValueError(f"{where}seed={self.seed} must be between 0 and 2**63 - 1, nearest is {0 if self.seed < 0 else 2**63 - 1}")
+            near_seed = 0 if self.seed < 0 else 2**63 - 1
+            raise ValueError(f"{where}seed={self.seed} must be between 0 and 2**63 - 1, nearest is {near_seed}")
         if self.max_sequence_length < 1:
             raise ValueError(f"{where}max_sequence_length={self.max_sequence_length} must be at least 1, nearest is 1")
 
 
 class StageTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds that one rank spent in one stage of one request."""
+    """Seconds that one rank spent in one stage of one request; rank -1 is the caller's process, which writes files."""
 
     stage: str
     rank: int

@@ -1,0 +1,74 @@
+"""What a DiT rank does with the commands of the engine: begin, step, finish, hand over."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dit_group.denoise import Denoising, draw_noise
+from videopipe.messages import BeginDenoise, RunStep, SendLatents
+from videopipe.records import VideoRequest
+from videopipe.runtime import PeerLink, Runtime
+
+
+class Denoiser(Protocol):
+    """A model family's denoising part, loaded on this rank and sharded over the DiT group."""
+
+    def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:
+        """[1, C, T', H', W'] of a request."""
+
+    def begin(self, request: VideoRequest, conditioning: Mapping[str, Tensor], noise: Tensor) -> Denoising:
+        """Prepare a request; every DiT rank calls it with the same arguments."""
+
+
+class DitWorker:
+    """Holds the requests under way on one DiT rank, and on the leader the latents that wait to be decoded."""
+
+    def __init__(self, runtime: Runtime, link: PeerLink, denoiser: Denoiser) -> None:
+        self._runtime = runtime
+        self._link = link
+        self._denoiser = denoiser
+        self._runs: dict[str, Denoising] = {}
+        self._latents: dict[str, Tensor] = {}
+        self._transfers: dict[str, int] = {}
+
+    def begin(self, message: BeginDenoise, payload: bytes | None) -> None:
+        """Receive the conditioning and make the noise."""
+        packed = self._link.receive((message.nbytes,), torch.uint8, message.source, message.transfer)
+        conditioning = safetensors.torch.load(packed.numpy().tobytes())
+        request = message.request
+        if payload is None:
+            noise = draw_noise(self._denoiser.latent_shape(request), request.seed)
+        else:
+            noise = safetensors.torch.load(payload)["latents"]
+        on_device = {name: tensor.to(self._runtime.device) for name, tensor in conditioning.items()}
+        self._runs[request.id] = self._denoiser.begin(request, on_device, noise.to(self._runtime.device))
+
+    def step(self, message: RunStep) -> None:
+        """Run one step; on CUDA this returns when its kernels are queued."""
+        self._runs[message.request].step(message.step)
+
+    def finish(self, request: str) -> None:
+        """Free the state; the leader keeps the latents in host memory."""
+        run = self._runs.pop(request)
+        assert run.next_step == run.num_steps, (request, run.next_step, run.num_steps)
+        if self._runtime.is_leader:
+            self._latents[request] = run.latents.to("cpu", torch.float32).contiguous()
+
+    def send(self, message: SendLatents) -> None:
+        """Begin to send finished latents; they stay here until `release`."""
+        self._transfers[message.request] = message.transfer
+        self._link.send(self._latents[message.request], message.to, message.transfer)
+
+    def release(self, request: str) -> None:
+        """A decoding rank has the latents (or nobody wants them): forget them."""
+        self._latents.pop(request, None)
+        transfer = self._transfers.pop(request, None)
+        if transfer is not None:
+            self._link.forget(transfer)
+
+    def abandon(self, request: str) -> None:
+        """Forget a cancelled request that has not finished."""
+        self._runs.pop(request, None)

@@ -1,0 +1,637 @@
+"""The engine: drives the scheduler with real ranks. One thread owns the control link; callers submit and receive.
+
+The ranks never talk to the scheduler, and the scheduler never sees a tensor: the engine turns its commands into
+messages, and the ranks' reports into its events.
+"""
+
+import contextlib
+import datetime
+import math
+import os
+import queue
+import select
+import shutil
+import socket
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import msgspec
+import numpy as np
+import safetensors.torch
+import zmq
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines import faults
+from pipelines.families import ModelFacts
+from pipelines.launch import Launcher
+from videopipe import messages as wire
+from videopipe import scheduler as plan
+from videopipe.config import Config
+from videopipe.control import ControlServer
+from videopipe.handover import claim
+from videopipe.queue import BoundedQueue
+from videopipe.records import SideCar, StageTime, VideoRequest
+from videopipe.trace import Span, Trace
+
+TICK_MS = 100
+MAX_TRACE_SPANS = 400_000
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """A request with what the caller gave besides: noise, conditioning, and the kind of result wanted."""
+
+    request: VideoRequest
+    result: Literal["uint8", "float32", "latents"] = "uint8"
+    noise: Any = None  # Tensor [1, C, T', H', W'] float32
+    conditioning: Any = None  # dict of Tensor by name
+
+
+class Finished(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished clip in host memory: frames [T, H, W, 3] uint8 or float32, or latents [1, C, T', H', W'] float32."""
+
+    job: Job
+    array: Any
+    side_car: SideCar
+
+
+class Progress(Protocol):
+    """Is told what happens, from the engine's thread. All methods return at once."""
+
+    def loaded(self, rank: int, world_size: int) -> None:
+        """A rank has loaded its parts."""
+
+    def step(self, request: str, step: int, num_steps: int) -> None:
+        """A denoising step has completed."""
+
+    def stage(self, request: str, stage: str) -> None:
+        """A request has entered a stage."""
+
+
+class Closable(Protocol):
+    """Anything with `close`."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
+class Batch:
+    """The results of one submission, in the order in which they finish."""
+
+    def __init__(self, engine: "Engine", jobs: list[Job]) -> None:
+        self._engine = engine
+        self._results: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
+        self._left = {job.request.id for job in jobs}
+
+    def put(self, result: Finished | BaseException) -> None:
+        """Called by the engine's thread."""
+        self._results.put(result)
+
+    def __iter__(self) -> Iterator[Finished]:
+        """Clips as they finish. A clip counts as taken away when the next one is asked for.
+
+        Raises:
+            RankError: a rank was lost; clips that were finished before have been given out already.
+        """
+        try:
+            while self._left:
+                result = self._results.get()
+                if isinstance(result, BaseException):
+                    self._left.clear()
+                    raise result
+                self._left.discard(result.job.request.id)
+                if not self._left:  # nobody may ask for the next one
+                    self._engine.tell("delivered", result.job.request.id)
+                    yield result
+                    return
+                try:
+                    yield result
+                finally:
+                    self._engine.tell("delivered", result.job.request.id)
+        finally:
+            for request in self._left:
+                self._engine.tell("cancel", request)
+
+
+class _Record:
+    """What the engine notes about one request under way."""
+
+    def __init__(self, job: Job, batch: Batch, now: float) -> None:
+        self.job = job
+        self.batch = batch
+        self.submitted = now
+        self.denoised = now
+        self.queue_wait_s = 0.0
+        self.conditioning_bytes = 0
+        self.conditioning_transfer = 0
+        self.cancelled = False
+        self.seconds: defaultdict[tuple[str, int], float] = defaultdict(float)  # by stage and rank
+
+
+class Engine:
+    """See the module. `close` is safe to call at any time, more than once, from any thread."""
+
+    def __init__(
+        self,
+        config: Config,
+        facts: ModelFacts,
+        *,
+        server: ControlServer,
+        launcher: Launcher,
+        run_directory: Path,
+        progress: Progress | None = None,
+        rendezvous: object = None,
+    ) -> None:
+        self._rendezvous = rendezvous  # the store that process groups may look at until they end
+        self.config = config
+        self.facts = facts
+        self.topology = make_topology(config)
+        self._scheduler = plan.Scheduler(
+            self.topology,
+            config.policy,
+            BoundedQueue(config.queue.capacity, config.queue.capacity_bytes),
+            max_undelivered=config.queue.max_undelivered,
+        )
+        self.trace = Trace({rank: self.role(rank) for rank in range(config.world_size)})
+        self._server = server
+        self._launcher = launcher
+        self._run_directory = run_directory
+        self._progress = progress
+        self._records: dict[str, _Record] = {}
+        self._hosts: dict[int, str] = {}
+        self._clock_offset_ns: dict[int, int] = {}
+        self._peaks: dict[int, int] = {}
+        self._weights: dict[int, dict[str, int]] = {}
+        self._to_load: list[int] = []
+        self._loading: set[int] = set()
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self._transfer = 0
+        self._closing = False
+        self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._faults = faults.FaultDetector(config.faults, tuple(range(config.world_size)), time.monotonic())
+        self._thread = threading.Thread(target=self._run, name="videopipe-engine", daemon=True)
+        self._kept: list[Closable] = []
+        self._listeners: list[Callable[[str, int], None]] = []
+        self._close_lock = threading.Lock()
+        self._closed = False
+
+    # -- for callers, from any thread
+
+    def role(self, rank: int) -> str:
+        """`dit`, `vae`, or `dit+vae` where the groups are colocated."""
+        if rank in self.topology.vae_ranks:
+            return "vae"
+        return "dit" if self.topology.vae_ranks else "dit+vae"
+
+    def start(self) -> None:
+        """Begin to serve; wait until every rank has loaded its parts.
+
+        Raises:
+            RankError: a rank did not come up.
+        """
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def submit(self, jobs: Iterable[Job]) -> Batch:
+        """Queue requests; iterate over the answer for the results.
+
+        Raises:
+            RankError: the run has failed before.
+            RuntimeError: the engine is closed.
+        """
+        todo = list(jobs)
+        self._check(todo)
+        batch = Batch(self, todo)
+        if self._failure is not None:
+            raise self._failure
+        if self._closed:
+            raise RuntimeError("this pipeline is closed")
+        self.tell("submit", (batch, todo))
+        return batch
+
+    def _check(self, jobs: list[Job]) -> None:
+        seen = set(self._records)
+        for index, job in enumerate(jobs):
+            request = job.request
+            if request.id in seen:
+                raise ValueError(
+                    f"requests[{index}].id={request.id!r} is already under way, give each request its own id"
+                )
+            seen.add(request.id)
+            latent_bytes = self._latent_bytes(request)
+            if latent_bytes > self.config.queue.capacity_bytes:
+                raise ValueError(
+                    f"queue.capacity_bytes={self.config.queue.capacity_bytes} cannot hold the latents of "
+                    f"{request.id!r}, nearest is {latent_bytes}"
+                )
+
+    def _latent_bytes(self, request: VideoRequest) -> int:
+        return 4 * math.prod(self.facts.geometry.latent_shape(request.spec))  # float32
+
+    def tell(self, what: str, argument: Any = None) -> None:
+        """Hand something to the engine's thread."""
+        self._inbox.put((what, argument))
+        with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake up anyway; closed: nobody listens
+            os.write(self._wake_write, b"x")
+
+    def close_with(self, resource: Closable) -> None:
+        """Close something when the engine has ended, such as the launcher."""
+        self._kept.append(resource)
+
+    @contextlib.contextmanager
+    def listening(self, listener: Callable[[str, int], None] | None) -> Iterator[None]:
+        """Call `listener(request, step)` for every completed step, from the engine's thread, within the block."""
+        if listener is not None:
+            self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            if listener is not None:
+                self._listeners.remove(listener)
+
+    @property
+    def pids(self) -> dict[int, int]:
+        """Process ids of the ranks that this host started."""
+        return self._launcher.pids()
+
+    @property
+    def weight_bytes(self) -> dict[int, dict[str, int]]:
+        """Bytes of weights by rank and part."""
+        return self._weights
+
+    @property
+    def peak_memory_bytes(self) -> dict[int, int]:
+        """Peak memory by rank: device memory on CUDA, resident host memory on CPU."""
+        return dict(self._peaks)
+
+    def close(self) -> None:
+        """End the ranks: at once where they work, in order where they are idle. No process is left behind."""
+        with self._close_lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._thread.is_alive():
+                self.tell("close")
+                self._thread.join()
+            self._launcher.end()
+            self._server.close()
+            for resource in self._kept:
+                resource.close()
+            shutil.rmtree(self._run_directory, ignore_errors=True)
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+
+    # -- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._ready.set()
+
+    def _loop(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._server.socket, zmq.POLLIN)
+        poller.register(self._launcher.fileno(), zmq.POLLIN)
+        poller.register(self._wake_read, zmq.POLLIN)
+        next_check = 0.0
+        while True:
+            poller.poll(TICK_MS)
+            if select.select([self._wake_read], [], [], 0)[0]:
+                os.read(self._wake_read, 4096)
+            for rank, envelope, payload in self._server.receive():
+                self._take(rank, envelope, payload)
+            while not self._inbox.empty():
+                what, argument = self._inbox.get()
+                if what == "close":
+                    self._say_goodbye()
+                    return
+                self._hear(what, argument)
+            now = time.monotonic()
+            if now < next_check:
+                continue
+            next_check = now + TICK_MS / 1000
+            for news in self._launcher.ended():
+                self._faults.ended(news, self._doing(news.rank), now)
+            sign = self._faults.check(now, {rank: self._doing(rank) for rank in range(self.config.world_size)})
+            if sign is not None:
+                raise faults.RankError(sign.rank, self.role(sign.rank), sign.kind, sign.what, sign.doing, sign.details)
+
+    def _say_goodbye(self) -> None:
+        """Idle ranks leave in order; ranks at work are ended by the launcher right after."""
+        self._closing = True
+        if not self._scheduler.idle or not self._ready.is_set():
+            return
+        for rank in range(self.config.world_size):
+            self._server.send(rank, wire.StopRank())
+        deadline = time.monotonic() + 1.5
+        while self._launcher.pids() and time.monotonic() < deadline:
+            select.select([self._launcher.fileno()], [], [], 0.05)
+            self._launcher.ended()
+            self._server.receive()
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = error
+        self._launcher.end()  # at once: what still runs may be stuck in a transfer with the lost rank
+        batches = {id(record.batch): record.batch for record in self._records.values()}
+        while not self._inbox.empty():
+            what, argument = self._inbox.get()
+            if what == "submit":
+                batches[id(argument[0])] = argument[0]
+        for batch in batches.values():
+            batch.put(error)
+
+    def _hear(self, what: str, argument: Any) -> None:
+        match what:
+            case "submit":
+                batch, jobs = argument
+                known = [job.request.id for job in jobs if self._scheduler.knows(job.request.id)]
+                if known:
+                    batch.put(ValueError(f"id={known[0]!r} is already under way, give each request its own id"))
+                    return
+                for job in jobs:
+                    self._records[job.request.id] = _Record(job, batch, time.monotonic())
+                    self._on(
+                        plan.Submitted(
+                            request=job.request.id,
+                            num_steps=job.request.num_inference_steps,
+                            latent_bytes=self._latent_bytes(job.request),
+                        )
+                    )
+            case "delivered":
+                self._on(plan.Delivered(request=argument))
+            case "cancel":
+                record = self._records.get(argument)
+                if record is None:  # finished, and nobody took it
+                    self._on(plan.Delivered(request=argument))
+                    return
+                record.cancelled = True
+                self._on(plan.Cancelled(request=argument))
+                self._forget_cancelled()
+
+    def _forget_cancelled(self) -> None:
+        """Drop the records of cancelled requests that no rank will report about any more."""
+        for request, record in list(self._records.items()):
+            if record.cancelled and not self._scheduler.knows(request):
+                del self._records[request]
+
+    def _take(self, rank: int, envelope: wire.Envelope, payload: bytes | None) -> None:
+        now = time.monotonic()
+        message = envelope.message
+        self._peaks[rank] = max(self._peaks.get(rank, 0), envelope.peak_memory_bytes)
+        offset = self._clock_offset_ns.get(rank, 0)
+        spans = envelope.spans
+        if offset:
+            spans = tuple(
+                msgspec.structs.replace(s, start_ns=s.start_ns + offset, end_ns=s.end_ns + offset) for s in spans
+            )
+        self._note_spans(spans)
+        if isinstance(message, wire.Heartbeat):
+            self._faults.alive(rank, now, message)
+            return
+        self._faults.alive(rank, now)
+        match message:
+            case wire.RankFailed():
+                self._faults.raised(rank, message, now)
+            case wire.Hello():
+                self._greet(rank, message)
+            case wire.PartsLoaded():
+                self._weights[rank] = dict(message.weight_bytes)
+                self._loading.discard(rank)
+                self._note("loaded", rank, self.config.world_size)
+                self._load_next()
+            case wire.PromptEncoded():
+                record = self._records[message.request]
+                record.conditioning_bytes = message.nbytes
+                self._on(plan.Encoded(request=message.request))
+            case wire.StepCompleted():
+                if message.step == 0:  # every DiT rank is past `begin`
+                    release = wire.Release(request=message.request, what="conditioning")
+                    self._server.send(self.topology.encoder_rank, release)
+                record = self._records[message.request]
+                self._note("step", message.request, message.step, record.job.request.num_inference_steps)
+                for listener in list(self._listeners):
+                    listener(message.request, message.step)
+                self._on(plan.StepDone(request=message.request, step=message.step))
+            case wire.LatentsReady():
+                self._records[message.request].denoised = now
+                self._on(plan.Denoised(request=message.request))
+            case wire.LatentsArrived():
+                self._on(plan.LatentsReceived(request=message.request, sequence=message.sequence))
+            case wire.ResultReady():
+                self._deliver(rank, message, payload, now)
+        self._forget_cancelled()
+
+    def _note_spans(self, spans: tuple[Span, ...]) -> None:
+        self.trace.add(spans)
+        if len(self.trace.spans) > MAX_TRACE_SPANS:  # memory stays flat over batches of any length
+            del self.trace.spans[: MAX_TRACE_SPANS // 2]
+        for span in spans:
+            record = None if span.request is None else self._records.get(span.request)
+            if record is not None:
+                record.seconds[span.stage, span.rank] += (span.end_ns - span.start_ns) / 1e9
+
+    def _greet(self, rank: int, hello: wire.Hello) -> None:
+        self._hosts[rank] = hello.host
+        if hello.host != socket.gethostname():
+            self._clock_offset_ns[rank] = time.monotonic_ns() - hello.clock_ns
+        if len(self._hosts) == self.config.world_size:
+            self._to_load = list(range(self.config.world_size))
+            self._load_next()
+
+    def _load_next(self) -> None:
+        """Let the next rank of each host load: n ranks must not need n copies in host memory."""
+        busy = {self._hosts[rank] for rank in self._loading}
+        for rank in list(self._to_load):
+            if self._hosts[rank] in busy:
+                continue
+            busy.add(self._hosts[rank])
+            self._to_load.remove(rank)
+            self._loading.add(rank)
+            parts = wire.LoadParts(
+                text_encoder=rank == self.topology.encoder_rank,
+                denoiser=rank in self.topology.dit_ranks,
+                decoder=rank in self.topology.decode_ranks,
+            )
+            self._server.send(rank, parts)
+        if not self._to_load and not self._loading:
+            self._ready.set()
+
+    def _deliver(self, rank: int, message: wire.ResultReady, payload: bytes | None, now: float) -> None:
+        record = self._records.pop(message.request)
+        if record.cancelled:
+            if message.path is not None:
+                Path(message.path).unlink()
+            self._on(plan.Decoded(request=message.request, rank=rank))
+            return
+        array: NDArray[Any]
+        if message.path is not None:
+            array = claim(Path(message.path), message.shape, message.dtype)
+        else:
+            assert payload is not None, message
+            array = np.frombuffer(payload, dtype=message.dtype).reshape(message.shape).copy()
+        side_car = self._side_car(record, now)
+        self._note("stage", message.request, "done")
+        self._on(plan.Decoded(request=message.request, rank=rank))
+        record.batch.put(Finished(job=record.job, array=array, side_car=side_car))
+
+    def _side_car(self, record: _Record, now: float) -> SideCar:
+        request = record.job.request
+        seconds = sorted(record.seconds.items())
+        return SideCar(
+            request=request,
+            output="",
+            format="latent" if record.job.result == "latents" else "mp4",
+            frames_sha256=None,
+            versions=versions(),
+            plan=describe_plan(self.config, self.topology),
+            config=msgspec.to_builtins(self.config),
+            stages=tuple(StageTime(stage=s, rank=r, seconds=round(t, 6)) for (s, r), t in seconds),
+            queue_wait_s=round(record.queue_wait_s, 6),
+            total_s=round(now - record.submitted, 6),
+            peak_memory_bytes={str(rank): peak for rank, peak in sorted(self._peaks.items())},
+            finished_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+
+    # -- from the scheduler's commands to messages
+
+    def _on(self, event: plan.Event) -> None:
+        for command in self._scheduler.on(event):
+            self._execute(command)
+
+    def _execute(self, command: plan.Command) -> None:
+        record = self._records.get(command.request)
+        match command:
+            case plan.Encode():
+                assert record is not None
+                record.conditioning_transfer = self._next_transfer()
+                message = wire.EncodePrompt(
+                    request=record.job.request,
+                    dit_ranks=self.topology.dit_ranks,
+                    transfer=record.conditioning_transfer,
+                )
+                self._server.send(command.rank, message, _pack(record.job.conditioning))
+                self._note("stage", command.request, "encode")
+            case plan.Begin():
+                assert record is not None
+                begin = wire.BeginDenoise(
+                    request=record.job.request,
+                    source=self.topology.encoder_rank,
+                    nbytes=record.conditioning_bytes,
+                    transfer=record.conditioning_transfer,
+                )
+                noise = None if record.job.noise is None else _pack({"latents": record.job.noise})
+                for rank in command.ranks:
+                    self._server.send(rank, begin, noise)
+                self._note("stage", command.request, "denoise")
+            case plan.Step():
+                for rank in command.ranks:
+                    self._server.send(rank, wire.RunStep(request=command.request, step=command.step))
+            case plan.Finish():
+                for rank in command.ranks:
+                    self._server.send(rank, wire.FinishDenoise(request=command.request))
+            case plan.Abandon():
+                for rank in command.ranks:
+                    self._server.send(rank, wire.AbandonRequest(request=command.request))
+            case plan.HandOver():
+                assert record is not None
+                self._hand_over(command, record)
+            case plan.Release():
+                self._server.send(command.rank, wire.Release(request=command.request, what="latents"))
+
+    def _hand_over(self, command: plan.HandOver, record: _Record) -> None:
+        record.queue_wait_s = time.monotonic() - record.denoised
+        transfer = self._next_transfer()
+        send = wire.SendLatents(request=command.request, to=command.rank, transfer=transfer)
+        self._server.send(command.leader, send)
+        decode = wire.DecodeLatents(
+            request=record.job.request,
+            source=command.leader,
+            shape=self.facts.geometry.latent_shape(record.job.request.spec),
+            sequence=command.sequence,
+            transfer=transfer,
+            result=record.job.result,
+            by_wire=self._hosts[command.rank] != socket.gethostname(),
+        )
+        self._server.send(command.rank, decode)
+        self._note("stage", command.request, "decode")
+
+    def _next_transfer(self) -> int:
+        self._transfer += 1
+        return self._transfer
+
+    # -- what is going on
+
+    def _doing(self, rank: int) -> faults.Doing:
+        """What a rank is at, as far as the engine can tell from what it has been told to do."""
+        if rank not in self._hosts:
+            return faults.Doing("start")
+        if rank in self._loading:
+            return faults.Doing("load")
+        decoding = self._scheduler.decoding_on(rank)
+        if decoding is not None:
+            return faults.Doing("decode", decoding)
+        if rank in self.topology.dit_ranks:
+            step = self._scheduler.current_step
+            if step is not None:
+                return faults.Doing("denoise", *step)
+        if rank == self.topology.encoder_rank and self._scheduler.encoding is not None:
+            return faults.Doing("encode", self._scheduler.encoding)
+        return faults.Doing("idle")
+
+    def _note(self, what: str, *arguments: Any) -> None:
+        if self._progress is not None:
+            getattr(self._progress, what)(*arguments)
+
+
+def _pack(tensors: Mapping[str, Tensor] | None) -> bytes | None:
+    return None if tensors is None else safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
+
+
+def make_topology(config: Config) -> plan.Topology:
+    """Which ranks form which group: the DiT ranks come first."""
+    dit = tuple(range(config.groups.dit_ranks))
+    vae = tuple(range(len(dit), config.world_size))
+    encoder = dit[0] if config.groups.text_encoder == "dit" else vae[0]
+    return plan.Topology(dit_ranks=dit, vae_ranks=vae, encoder_rank=encoder)
+
+
+def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
+    """Which ranks do what under which policy, for side-car files and `videopipe explain`."""
+    return {
+        "policy": config.policy,
+        "mode": config.schedule.mode,
+        "dit_ranks": list(topology.dit_ranks),
+        "vae_ranks": list(topology.vae_ranks),
+        "decode_ranks": list(topology.decode_ranks),
+        "text_encoder_rank": topology.encoder_rank,
+        "strategy": config.attention.strategy if len(topology.dit_ranks) > 1 else "none",
+        "text": "trimmed" if config.text_trimmed else "padded",
+        "queue_capacity": config.queue.capacity,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a clip."""
+    names = ("videopipe", "torch", "diffusers", "transformers", "numpy", "av")
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    if "videopipe" not in found:
+        from videopipe import __version__
+
+        found["videopipe"] = __version__
+    return found

@@ -1,0 +1,119 @@
+"""HunyuanVideo: what its checkpoints are like, and the pipeline that renders with them.
+
+The parts that ranks load (diffusers and transformers) are in `pipelines.hunyuan_video_parts`, so that checking a
+configuration needs neither.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from dit_group.worker import Denoiser
+from pipelines.checkpoint import Checkpoint, CheckpointError
+from pipelines.families import ModelFacts, PublishedModel, TextEncoder
+from pipelines.pipeline import VideoPipeline
+from vae_group.worker import Decoder
+from videopipe.config import Config
+from videopipe.geometry import LatentGeometry
+from videopipe.records import VideoRequest
+from videopipe.runtime import Runtime
+
+
+class HunyuanVideoPipeline(VideoPipeline):
+    """Text to video with HunyuanVideo; the call and its defaults follow diffusers' class of the same name."""
+
+    family = "hunyuan-video"
+
+
+def latent_geometry(checkpoint: Checkpoint) -> LatentGeometry:
+    """Strides and patches from the config files; absent keys have diffusers' defaults."""
+    dit, vae = checkpoint.json("transformer/config.json"), checkpoint.json("vae/config.json")
+    return LatentGeometry(
+        channels=dit.get("in_channels", 16),
+        stride_t=vae.get("temporal_compression_ratio", 4),
+        stride_s=vae.get("spatial_compression_ratio", 8),
+        patch_t=dit.get("patch_size_t", 1),
+        patch_s=dit.get("patch_size", 2),
+    )
+
+
+class HunyuanVideo:
+    """The family; see `pipelines.families.Family`."""
+
+    name = "hunyuan-video"
+    preload = ("pipelines.hunyuan_video_parts",)
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text_encoder": ("text_encoder", "text_encoder_2"),
+        "denoiser": ("transformer",),
+        "decoder": ("vae",),
+    }
+    # diffusers' and transformers' classes at the sizes of arXiv 2412.03603, Llama-3-8B and CLIP ViT-L/14
+    published = PublishedModel(
+        location="hunyuanvideo-community/HunyuanVideo",
+        facts=ModelFacts(
+            family=name,
+            geometry=LatentGeometry(channels=16, stride_t=4, stride_s=8, patch_t=1, patch_s=2),
+            num_heads=24,
+            head_dim=128,
+            attention_layers=60,
+            text_tokens=256,
+            text_dim=4096,
+            pooled_dim=768,
+        ),
+        parameters={
+            "text_encoder": 7_505_186_816,
+            "text_encoder_2": 123_060_480,
+            "transformer": 12_821_012_544,
+            "vae": 246_478_803,
+        },
+    )
+
+    def facts(self, checkpoint: Checkpoint) -> ModelFacts:
+        """Sizes from transformer/config.json and vae/config.json; absent keys have diffusers' defaults."""
+        dit, vae = checkpoint.json("transformer/config.json"), checkpoint.json("vae/config.json")
+        for part, config, expected in (
+            ("transformer", dit, "HunyuanVideoTransformer3DModel"),
+            ("vae", vae, "AutoencoderKLHunyuanVideo"),
+        ):
+            if config.get("_class_name") != expected:
+                raise CheckpointError(
+                    f"model.weights={checkpoint.location!r}: {part} is a {config.get('_class_name')}, "
+                    f"but model.family='hunyuan-video' needs {expected}"
+                )
+        if dit.get("image_condition_type") is not None:
+            raise CheckpointError(
+                f"model.weights={checkpoint.location!r}: an image-to-video transformer "
+                f"(image_condition_type={dit['image_condition_type']!r}); text-to-video needs one without"
+            )
+        return ModelFacts(
+            family=self.name,
+            geometry=latent_geometry(checkpoint),
+            num_heads=dit.get("num_attention_heads", 24),
+            head_dim=dit.get("attention_head_dim", 128),
+            attention_layers=dit.get("num_layers", 20) + dit.get("num_single_layers", 40),
+            text_tokens=256,
+            text_dim=dit.get("text_embed_dim", 4096),
+            pooled_dim=dit.get("pooled_projection_dim", 768),
+        )
+
+    def check_request(self, request: VideoRequest, facts: ModelFacts, where: str = "") -> None:
+        """Sizes, steps, seed and id; raises ValueError with the nearest valid value."""
+        request.check(where)
+        facts.geometry.check(request.spec, where)
+
+    def load_text_encoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> TextEncoder:
+        """Llama and CLIP with their tokenizers."""
+        from pipelines.hunyuan_video_parts import HunyuanVideoTextEncoder
+
+        return HunyuanVideoTextEncoder(checkpoint, config, runtime)
+
+    def load_denoiser(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Denoiser:
+        """The DiT, sharded over the DiT group."""
+        from pipelines.hunyuan_video_parts import HunyuanVideoDenoiser
+
+        return HunyuanVideoDenoiser(checkpoint, config, runtime)
+
+    def load_decoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Decoder:
+        """The VAE."""
+        from pipelines.hunyuan_video_parts import HunyuanVideoDecoder
+
+        return HunyuanVideoDecoder(checkpoint, config, runtime)

@@ -1,0 +1,589 @@
+"""The object a user holds: diffusers' call and names, a batch iterator, and ranks that always end with it."""
+
+import os
+import secrets
+import signal
+import socket
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar, Literal, Self
+
+import msgspec
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipelines.checkpoint import Checkpoint
+from pipelines.engine import Batch, Engine, Finished, Job, Progress
+from pipelines.families import ModelFacts, load_family
+from pipelines.launch import LocalLauncher, RankSpec
+from videopipe.config import Config, ConfigError, check_config, load_config
+from videopipe.control import ControlServer
+from videopipe.geometry import VideoSpec
+from videopipe.handover import make_run_directory
+from videopipe.records import VideoRequest, default_id
+from videopipe.rendering import RenderResult
+from videopipe.trace import Trace
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+StepCallback = Callable[[Any, int, int, dict[str, Any]], Any]
+
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@dataclass
+class VideoPipelineOutput:
+    """What a call returns: `frames[i]` is clip i in the asked `output_type`, as diffusers' pipelines return it."""
+
+    frames: Any
+
+    def __getitem__(self, index: int) -> Any:
+        return (self.frames,)[index]
+
+
+class VideoPipeline:
+    """Renders video on a DiT group and a VAE group; subclasses name the model family.
+
+    Use it as a context manager, or call `close`: the ranks end with it. They end as well when this process dies.
+    """
+
+    family: ClassVar[str]
+
+    def __init__(self, engine: Engine, config: Config, facts: ModelFacts) -> None:
+        self._engine = engine
+        self._config = config
+        self._facts = facts
+        self._family = load_family(config.model.family)
+        self._calls = 0
+        self._finalizer = weakref.finalize(self, engine.close)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path | None = None,
+        *,
+        config: str | Path | Mapping[str, Any] | Config | None = None,
+        overrides: Iterable[str] = (),
+        torch_dtype: torch.dtype | None = None,
+        dit_ranks: int | None = None,
+        vae_ranks: int | None = None,
+        revision: str | None = None,
+        progress: Progress | None = None,
+        launcher: LocalLauncher | None = None,
+    ) -> Self:
+        """Start the ranks and load each one's parts; returns when all are ready.
+
+        In a plain script or a notebook this starts the ranks as processes of this host. Under torchrun every process
+        calls it: it returns in rank 0 only, the others serve until rank 0 closes its pipeline and then exit.
+
+        Args:
+            pretrained_model_name_or_path: checkpoint directory or hub id in diffusers layout; `model.weights` of the
+                configuration where None.
+            config: TOML file, mapping, or `videopipe.config.Config`; the defaults are one DiT and one VAE rank.
+            overrides: `path=value` strings, which win over the file; the other arguments win over them.
+            torch_dtype: precision of all parts, as diffusers' argument of that name.
+            dit_ranks, vae_ranks: group sizes; `vae_ranks=0` decodes on the DiT ranks.
+            progress: is told of loads, stages and steps.
+            launcher: starts the ranks; give one that served an earlier pipeline, and its imports need not run again.
+        Raises:
+            ConfigError: the configuration cannot run, before any weight is read.
+            CheckpointError: no checkpoint of this family at that place.
+            RankError: a rank did not come up.
+        """
+        changes = list(overrides)
+        for path, value in (
+            ("model.weights", None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)),
+            ("model.revision", revision),
+            ("model.dtype", None if torch_dtype is None else _dtype_name(torch_dtype)),
+            ("groups.dit_ranks", dit_ranks),
+            ("groups.vae_ranks", vae_ranks),
+        ):
+            if value is not None:
+                changes.append(f"{path}={msgspec.json.encode(value).decode()}")
+        source: str | Path | Mapping[str, Any] | None
+        if isinstance(config, Config):
+            source = _without_none(msgspec.to_builtins(config))
+        else:
+            source = _without_none(config) if isinstance(config, Mapping) else config
+        resolved = load_config(source, changes)
+        if resolved.model.family != cls.family:
+            raise ConfigError(
+                f"model.family={resolved.model.family!r} is not what {cls.__name__} renders, nearest is {cls.family!r}"
+            )
+        return cls.start(resolved, progress=progress, launcher=launcher)
+
+    @classmethod
+    def start(cls, config: Config, *, progress: Progress | None = None, launcher: LocalLauncher | None = None) -> Self:
+        """As `from_pretrained`, from a resolved configuration."""
+        check_config(config)
+        checkpoint = Checkpoint(config.model.weights, config.model.revision)
+        torchrun = _Torchrun.detect()
+        if torchrun is not None and torchrun.rank != 0:
+            sys.exit(torchrun.serve())
+        facts = load_family(config.model.family).facts(checkpoint)
+        device = resolve_device(config)
+        check_devices(config, device, torchrun.world_size if torchrun else None)
+        engine = _start_engine(config, facts, device, torchrun, progress, launcher)
+        return cls(engine, config, facts)
+
+    # -- rendering
+
+    def render(self, requests: Iterable[VideoRequest | str]) -> Iterator[RenderResult]:
+        """Render many requests; yields each clip as it finishes, which need not be in the order of the requests.
+
+        A plain string is a prompt with the configuration's sizes, and the seed `request.seed` + its index. While the
+        caller works on a clip, the ranks go on, until `queue.max_undelivered` finished clips wait. Leaving the
+        iteration early cancels what has not been rendered.
+
+        Raises:
+            ValueError: a request that this model cannot render, or an id twice; before anything is rendered.
+            RankError: a rank was lost; the pipeline cannot be used any more, clips already given out are not touched.
+        """
+        jobs = [Job(request=r, result=self._result_kind()) for r in self._checked(requests)]
+        return self._results(self._engine.submit(jobs))
+
+    def _results(self, batch: Batch) -> Iterator[RenderResult]:
+        for finished in batch:
+            yield self._result(finished)
+
+    def _result(self, finished: Finished) -> RenderResult:
+        latents = finished.job.result == "latents"
+        return RenderResult(
+            request_id=finished.job.request.id,
+            frames=None if latents else finished.array,
+            latents=torch.from_numpy(finished.array) if latents else None,
+            side_car=finished.side_car,
+            output=self._config.output,
+        )
+
+    def _result_kind(self) -> Literal["uint8", "latents"]:
+        return "latents" if self._config.output.format == "latent" else "uint8"
+
+    def _checked(self, requests: Iterable[VideoRequest | str]) -> list[VideoRequest]:
+        r = self._config.request
+        checked: list[VideoRequest] = []
+        for index, request in enumerate(requests):
+            if isinstance(request, str):
+                request = VideoRequest(
+                    id=default_id(index, request, r.seed + index),
+                    prompt=request,
+                    negative_prompt=r.negative_prompt,
+                    spec=self._config.spec(),
+                    num_inference_steps=r.num_inference_steps,
+                    guidance_scale=r.guidance_scale,
+                    true_cfg_scale=r.true_cfg_scale,
+                    seed=r.seed + index,
+                    max_sequence_length=r.max_sequence_length,
+                )
+            self.check_request(request, f"requests[{index}].")
+            checked.append(request)
+        return checked
+
+    def check_request(self, request: VideoRequest, where: str = "") -> None:
+        """Refuse a request that this model cannot render.
+
+        Raises:
+            ValueError: names the field, the value and the nearest valid value.
+        """
+        self._family.check_request(request, self._facts, where)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        prompt_2: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        true_cfg_scale: float | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        pooled_prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_pooled_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        output_type: OutputType = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: StepCallback | None = None,
+        max_sequence_length: int | None = None,
+    ) -> VideoPipelineOutput | tuple[Any]:
+        """Render one prompt, or a list of them, with diffusers' arguments; those left out come from the configuration.
+
+        Args:
+            generator: draws the noise exactly as diffusers draws it; or give `seed`, one clip after the other getting
+                seed, seed + 1, ...; with neither, the configuration's seed.
+            latents: noise to start from, float32 [B, C, T', H', W'].
+            prompt_embeds, pooled_prompt_embeds, prompt_attention_mask: conditioning in place of `prompt`; likewise
+                `negative_*`.
+            output_type: "pil" list of lists of images, "np" float32 [B, T, H, W, 3] in 0..1, "pt" float32
+                [B, T, 3, H, W], "latent" float32 [B, C, T', H', W'] (not divided by the scaling factor).
+            callback_on_step_end: called as (pipeline, step, timestep index, {}) for each completed step, from the
+                engine's thread; tensors stay on the ranks.
+        Returns:
+            `frames` as described, in an object, or in a tuple with return_dict=False.
+        Raises:
+            ValueError: names the argument, the value and the nearest valid value, before anything is rendered.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent', nearest is 'np'")
+        if prompt_2 is not None:
+            raise ValueError(f"prompt_2={prompt_2!r}: HunyuanVideo hands `prompt` to both encoders, nearest is None")
+        if generator is not None and seed is not None:
+            raise ValueError(f"seed={seed} and generator cannot both be given, nearest is one of them")
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("prompt and prompt_embeds: give one of them, not both")
+        tensors = {
+            "prompt_embeds": prompt_embeds,
+            "pooled_prompt_embeds": pooled_prompt_embeds,
+            "prompt_attention_mask": prompt_attention_mask,
+            "negative_prompt_embeds": negative_prompt_embeds,
+            "negative_pooled_prompt_embeds": negative_pooled_prompt_embeds,
+            "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        }
+        given = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
+        _check_given(given)
+        r = self._config.request
+        if prompt_embeds is not None:
+            prompts = [""] * prompt_embeds.shape[0]
+        else:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or ())
+        negative = negative_prompt if negative_prompt is not None else r.negative_prompt
+        if negative is None and "negative_prompt_embeds" in given:
+            negative = ""
+        negatives = [negative] * len(prompts) if negative is None or isinstance(negative, str) else list(negative)
+        if len(negatives) != len(prompts):
+            raise ValueError(
+                f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts, nearest is {len(prompts)}"
+            )
+        if num_videos_per_prompt < 1:
+            raise ValueError(f"num_videos_per_prompt={num_videos_per_prompt} must be at least 1, nearest is 1")
+        spec = VideoSpec(
+            height=r.height if height is None else height,
+            width=r.width if width is None else width,
+            num_frames=r.num_frames if num_frames is None else num_frames,
+            fps=self._config.output.fps,
+        )
+        self._calls += 1
+        count = len(prompts) * num_videos_per_prompt
+        first_seed = r.seed if seed is None else seed
+        requests = [
+            VideoRequest(
+                id=f"call{self._calls}-{index}",
+                prompt=prompts[index // num_videos_per_prompt],
+                negative_prompt=negatives[index // num_videos_per_prompt],
+                spec=spec,
+                num_inference_steps=r.num_inference_steps if num_inference_steps is None else num_inference_steps,
+                guidance_scale=r.guidance_scale if guidance_scale is None else guidance_scale,
+                true_cfg_scale=r.true_cfg_scale if true_cfg_scale is None else true_cfg_scale,
+                seed=first_seed + index,
+                max_sequence_length=r.max_sequence_length if max_sequence_length is None else max_sequence_length,
+            )
+            for index in range(count)
+        ]
+        for request in requests:
+            self.check_request(request)
+        noise = self._noise(requests, generator, latents)
+        kinds: dict[OutputType, Literal["uint8", "float32", "latents"]] = {"pil": "uint8", "latent": "latents"}
+        jobs = [
+            Job(
+                request=request,
+                result=kinds.get(output_type, "float32"),
+                noise=None if noise is None else noise[index : index + 1],
+                conditioning=_row(given, index // num_videos_per_prompt),
+            )
+            for index, request in enumerate(requests)
+        ]
+        arrays: dict[str, NDArray[Any]] = {}
+        with self._engine.listening(self._step_notifier(callback_on_step_end, requests)):
+            for finished in self._engine.submit(jobs):
+                arrays[finished.job.request.id] = finished.array
+        frames = _assemble([arrays[request.id] for request in requests], output_type)
+        return VideoPipelineOutput(frames=frames) if return_dict else (frames,)
+
+    def _step_notifier(
+        self, callback: StepCallback | None, requests: list[VideoRequest]
+    ) -> Callable[[str, int], None] | None:
+        if callback is None:
+            return None
+        mine = {request.id for request in requests}
+
+        def notify(request: str, step: int) -> None:
+            if request in mine:
+                callback(self, step, step, {})
+
+        return notify
+
+    def _noise(
+        self,
+        requests: list[VideoRequest],
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> Tensor | None:
+        """Noise [B, C, T', H', W'] from what the caller gave, drawn as diffusers draws it; None to draw from seeds."""
+        shape = (len(requests), *self._facts.geometry.latent_shape(requests[0].spec)[1:])
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"latents has shape {tuple(latents.shape)}, nearest is {shape}")
+            return latents.detach().to("cpu", torch.float32)
+        if generator is None:
+            return None
+        if isinstance(generator, torch.Generator):
+            return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32).cpu()
+        generators = list(generator)
+        if len(generators) != len(requests):
+            raise ValueError(
+                f"generator has {len(generators)} entries for {len(requests)} clips, nearest is {len(requests)}"
+            )
+        one = (1, *shape[1:])
+        return torch.cat(
+            [torch.randn(one, generator=g, device=g.device, dtype=torch.float32).cpu() for g in generators]
+        )
+
+    # -- the run
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return self._config
+
+    @property
+    def facts(self) -> ModelFacts:
+        """Sizes of the model."""
+        return self._facts
+
+    @property
+    def engine(self) -> Engine:
+        """The engine: process ids, memory and weights by rank."""
+        return self._engine
+
+    @property
+    def trace(self) -> Trace:
+        """What every rank did when."""
+        return self._engine.trace
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    if dtype not in _DTYPE_NAMES:
+        names = ", ".join(_DTYPE_NAMES.values())
+        raise ConfigError(f"torch_dtype={dtype} must be one of {names}; nearest is 'float32'")
+    return _DTYPE_NAMES[dtype]
+
+
+def _without_none(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _without_none(v) if isinstance(v, Mapping) else v for k, v in data.items() if v is not None}
+
+
+def _check_given(given: Mapping[str, Tensor]) -> None:
+    for prefix in ("", "negative_"):
+        names = [prefix + name for name in ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")]
+        present = [name for name in names if name in given]
+        if present and len(present) < 3:
+            missing = [name for name in names if name not in given]
+            raise ValueError(f"{present[0]} is given without {' and '.join(missing)}: give all three or none")
+
+
+def _row(given: Mapping[str, Tensor], index: int) -> dict[str, Tensor] | None:
+    return {name: tensor[index : index + 1] for name, tensor in given.items()} or None
+
+
+def _assemble(arrays: list[NDArray[Any]], output_type: OutputType) -> Any:
+    if output_type == "latent":
+        return torch.from_numpy(np.concatenate(arrays))
+    if output_type == "np":
+        return np.stack(arrays)
+    if output_type == "pt":
+        return torch.from_numpy(np.stack(arrays)).permute(0, 1, 4, 2, 3).contiguous()
+    from PIL import Image
+
+    return [[Image.fromarray(frame) for frame in array] for array in arrays]
+
+
+# -- starting ---------------------------------------------------------------------------------------------------------
+
+
+def resolve_device(config: Config) -> str:
+    """`cuda` or `cpu`.
+
+    Raises:
+        ConfigError: CUDA asked for and absent.
+    """
+    if config.runtime.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("runtime.device='cuda' but torch sees no CUDA device, nearest is 'cpu'")
+    if config.runtime.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.runtime.device
+
+
+def check_devices(config: Config, device: str, torchrun_world_size: int | None) -> None:
+    """Refuse groups that need more GPUs than there are, or another number of ranks than torchrun started.
+
+    Raises:
+        ConfigError: names the group sizes and the nearest ones that fit.
+    """
+    g = config.groups
+    available, source = torchrun_world_size, "torchrun started"
+    if torchrun_world_size is None:
+        if device != "cuda":
+            return
+        available, source = torch.cuda.device_count(), "this machine has GPUs for"
+        if config.world_size <= available:
+            return
+    assert available is not None
+    if config.world_size == available:
+        return
+    vae = min(g.vae_ranks, max(available - 1, 0))
+    raise ConfigError(
+        f"groups.dit_ranks={g.dit_ranks} and groups.vae_ranks={g.vae_ranks} need {config.world_size} ranks but "
+        f"{source} {available}, nearest is dit_ranks={available - vae} vae_ranks={vae}"
+    )
+
+
+def _threads_per_rank(config: Config, ranks_here: int) -> int:
+    return config.runtime.threads_per_rank or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+
+
+def _start_engine(
+    config: Config,
+    facts: ModelFacts,
+    device: str,
+    torchrun: "_Torchrun | None",
+    progress: Progress | None,
+    given_launcher: LocalLauncher | None,
+) -> Engine:
+    own_launcher = LocalLauncher(load_family(config.model.family).preload) if given_launcher is None else None
+    launcher = own_launcher or given_launcher
+    assert launcher is not None
+    run_directory = make_run_directory()
+    token = secrets.token_hex(16)
+    one_host = torchrun is None or torchrun.local_world_size == torchrun.world_size
+    address = f"ipc://{run_directory}/control" if one_host else f"tcp://{_own_address()}:0"
+    server = ControlServer(address, token)
+    threads = _threads_per_rank(config, torchrun.local_world_size if torchrun else config.world_size)
+    store: dist.TCPStore | None = None
+    store_address = None
+    if torchrun is not None:
+        store = torchrun.store()
+        store_address = torchrun.store_address
+    elif config.world_size > 1:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        store_address = f"127.0.0.1:{store.port}"
+    engine = Engine(
+        config,
+        facts,
+        server=server,
+        launcher=launcher,
+        run_directory=run_directory,
+        progress=progress,
+        rendezvous=store,
+    )
+    if own_launcher is not None:
+        engine.close_with(own_launcher)
+    spec = RankSpec(
+        rank=0,
+        local_rank=0,
+        world_size=config.world_size,
+        threads=threads,
+        device=device,
+        endpoint=server.endpoint,
+        token=token,
+        run_directory=str(run_directory),
+        store_address=store_address,
+        store_prefix=f"videopipe/{token}",
+        config=config,
+    )
+    if torchrun is not None:
+        assert store is not None
+        store.set(_Torchrun.KEY, msgspec.json.encode(spec).decode())
+        launcher.start(msgspec.structs.replace(spec, local_rank=torchrun.local_rank))
+    else:
+        for rank in range(config.world_size):
+            launcher.start(msgspec.structs.replace(spec, rank=rank, local_rank=rank))
+    try:
+        engine.start()
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _own_address() -> str:
+    """The address by which other hosts of the run reach this one: the one that routes to the rendezvous host."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))
+        return str(probe.getsockname()[0])
+
+
+@dataclass(frozen=True)
+class _Torchrun:
+    """What torchrun told this process through its environment variables."""
+
+    KEY: ClassVar[str] = "videopipe/run"
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_address: str
+    master_port: int
+    agent_store: bool
+
+    @classmethod
+    def detect(cls) -> "_Torchrun | None":
+        """None in a process that torchrun (or a launcher with the same variables) did not start."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        env = os.environ
+        if not all(name in env for name in names):
+            return None
+        return cls(
+            rank=int(env["RANK"]),
+            world_size=int(env["WORLD_SIZE"]),
+            local_rank=int(env["LOCAL_RANK"]),
+            local_world_size=int(env["LOCAL_WORLD_SIZE"]),
+            master_address=env["MASTER_ADDR"],
+            master_port=int(env["MASTER_PORT"]),
+            agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE", "False") == "True",
+        )
+
+    @property
+    def store_address(self) -> str:
+        """host:port of the rendezvous store."""
+        return f"{self.master_address}:{self.master_port}"
+
+    def store(self) -> dist.TCPStore:
+        """The rendezvous store: the agent's where it has one, else rank 0's own."""
+        is_master = self.rank == 0 and not self.agent_store
+        return dist.TCPStore(self.master_address, self.master_port, is_master=is_master, wait_for_workers=False)
+
+    def serve(self) -> int:
+        """Be a rank for the pipeline of rank 0 until that closes; the exit code."""
+        from pipelines.rank import run_rank  # brings diffusers, which only ranks need
+
+        raw = self.store().get(self.KEY)
+        spec = msgspec.json.decode(raw, type=RankSpec)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return run_rank(msgspec.structs.replace(spec, rank=self.rank, local_rank=self.local_rank))

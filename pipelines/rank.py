@@ -1,0 +1,312 @@
+"""The life of a rank: join, load, obey the ordered stream of commands, report, end."""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from dit_group.worker import DitWorker
+from pipelines.checkpoint import Checkpoint
+from pipelines.families import TextEncoder, load_family
+from pipelines.launch import RankSpec
+from vae_group.worker import VaeWorker
+from videopipe.control import ControlClient
+from videopipe.messages import (
+    AbandonRequest,
+    BeginDenoise,
+    DecodeLatents,
+    EncodePrompt,
+    Envelope,
+    FinishDenoise,
+    FromRank,
+    Heartbeat,
+    Hello,
+    LatentsReady,
+    LoadParts,
+    PartsLoaded,
+    PromptEncoded,
+    RankFailed,
+    Release,
+    RunStep,
+    SendLatents,
+    StateFreed,
+    StepCompleted,
+    StopRank,
+    ToRank,
+)
+from videopipe.runtime import PeerLink, Runtime, end_runtime, peak_memory_bytes, start_runtime, synchronize
+from videopipe.trace import SpanRecorder
+
+HEARTBEAT_S = 0.5
+
+
+def run_rank(spec: RankSpec) -> int:
+    """Be a rank until told to stop; the exit code of the process.
+
+    The outermost loop: whatever is raised below is reported to the engine, with stage, request and step, before the
+    process ends.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the engine's; it ends its ranks itself
+    torch.set_num_threads(spec.threads)
+    transformers_logging.disable_progress_bar()  # n ranks would draw n bars over each other
+    diffusers_logging.disable_progress_bar()
+    recorder = SpanRecorder(spec.rank)
+    client = ControlClient(spec.endpoint, spec.token, spec.rank)
+    device = torch.device(spec.device, spec.local_rank) if spec.device == "cuda" else torch.device("cpu")
+    beat = _HeartbeatThread(spec, recorder, device)
+    beat.start()
+    try:
+        with recorder.span("start"):
+            runtime = _join(spec, device)
+        worker = _Rank(spec, runtime, client, recorder)
+        worker.report(
+            Hello(pid=os.getpid(), host=socket.gethostname(), device=str(device), clock_ns=time.monotonic_ns())
+        )
+        worker.obey()
+        end_runtime(runtime)
+    except Exception as error:
+        current = recorder.failed or recorder.current()
+        failure = RankFailed(
+            kind=type(error).__name__,
+            message=str(error),
+            traceback=traceback.format_exc(),
+            stage="idle" if current is None else current.stage,
+            request=None if current is None else current.request,
+            step=None if current is None else current.step,
+            out_of_memory=is_out_of_memory(error),
+        )
+        client.send(Envelope(message=failure, spans=tuple(recorder.drain())))
+        return 1
+    finally:
+        beat.stop()
+        client.close()
+    return 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error means that memory ran out: on the device, in Python, or in torch's CPU allocator."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _join(spec: RankSpec, device: torch.device) -> Runtime:
+    if spec.config.schedule.mode == "deterministic":
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
+    store = None
+    if spec.store_address is not None:
+        host, _, port = spec.store_address.rpartition(":")
+        store = dist.PrefixStore(
+            spec.store_prefix, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
+        )
+    return start_runtime(
+        rank=spec.rank,
+        world_size=spec.world_size,
+        dit_ranks=tuple(range(spec.config.groups.dit_ranks)),
+        device=device,
+        store=store,
+        timeout_s=2 * spec.config.faults.hang_timeout_s + 60,
+    )
+
+
+class _Rank:
+    """Dispatches commands to the parts that this rank holds."""
+
+    def __init__(self, spec: RankSpec, runtime: Runtime, client: ControlClient, recorder: SpanRecorder) -> None:
+        self._spec = spec
+        self._runtime = runtime
+        self._client = client
+        self._recorder = recorder
+        self._link = PeerLink(runtime)
+        self._encoder: TextEncoder | None = None
+        self._dit: DitWorker | None = None
+        self._vae: VaeWorker | None = None
+        self._conditioning_transfers: dict[str, int] = {}
+        self._in_flight: deque[tuple[torch.cuda.Event, FromRank]] = deque()  # reports that wait for the device
+
+    def report(self, message: FromRank, payload: memoryview | None = None) -> None:
+        """Tell the engine, with all spans that have ended."""
+        peak = peak_memory_bytes(self._runtime.device)
+        self._client.send(
+            Envelope(message=message, spans=tuple(self._recorder.drain()), peak_memory_bytes=peak), payload
+        )
+
+    def obey(self) -> None:
+        """Take commands until StopRank. One step's kernels may be queued while the last one still runs."""
+        while True:
+            arrived = self._client.receive(0 if self._in_flight else None)
+            if arrived is None:
+                self._report_oldest()
+                continue
+            message, payload = arrived
+            if isinstance(message, StopRank):
+                return
+            self._execute(message, payload)
+            while len(self._in_flight) > 1:
+                self._report_oldest()
+
+    def _report_oldest(self) -> None:
+        event, message = self._in_flight.popleft()
+        event.synchronize()
+        self.report(message)
+
+    def _report_when_done(self, message: FromRank) -> None:
+        """Report once everything queued on the device so far has completed."""
+        if self._runtime.device.type != "cuda":
+            self.report(message)
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._in_flight.append((event, message))
+
+    def _execute(self, message: ToRank, payload: bytes | None) -> None:
+        match message:
+            case LoadParts():
+                with self._recorder.span("load"):
+                    weights = self._load(message)
+                self.report(PartsLoaded(weight_bytes=weights))
+            case EncodePrompt():
+                with self._recorder.span("encode", request=message.request.id):
+                    nbytes = self._encode(message, payload)
+                self.report(PromptEncoded(request=message.request.id, nbytes=nbytes))
+            case BeginDenoise():
+                with self._recorder.span("begin", request=message.request.id):
+                    self._dit_worker.begin(message, payload)
+            case RunStep():
+                with self._recorder.span("denoise", request=message.request, step=message.step):
+                    self._dit_worker.step(message)
+                if self._runtime.is_leader:
+                    self._report_when_done(StepCompleted(request=message.request, step=message.step))
+            case FinishDenoise():
+                with self._recorder.span("finish", request=message.request):
+                    self._dit_worker.finish(message.request)
+                if self._runtime.is_leader:
+                    while self._in_flight:
+                        self._report_oldest()
+                    self.report(LatentsReady(request=message.request))
+                else:
+                    self.report(StateFreed(request=message.request))
+            case AbandonRequest():
+                if self._dit is not None:
+                    self._dit.abandon(message.request)
+                self._release_conditioning(message.request)
+            case SendLatents():
+                self._dit_worker.send(message)
+            case DecodeLatents():
+                assert self._vae is not None, "this rank has no VAE"
+                self._vae.decode(message)
+            case Release(what="latents"):
+                self._dit_worker.release(message.request)
+            case Release():
+                self._release_conditioning(message.request)
+            case StopRank():
+                raise AssertionError("handled by obey")
+
+    @property
+    def _dit_worker(self) -> DitWorker:
+        assert self._dit is not None, "this rank has no DiT"
+        return self._dit
+
+    def _load(self, message: LoadParts) -> dict[str, int]:
+        config = self._spec.config
+        family = load_family(config.model.family)
+        checkpoint = Checkpoint(config.model.weights, config.model.revision)
+        sizes = {}
+        if message.text_encoder:
+            self._encoder = family.load_text_encoder(checkpoint, config, self._runtime)
+            sizes["text_encoder"] = _weight_bytes(self._encoder)
+        if message.denoiser:
+            denoiser = family.load_denoiser(checkpoint, config, self._runtime)
+            self._dit = DitWorker(self._runtime, self._link, denoiser)
+            sizes["denoiser"] = _weight_bytes(denoiser)
+        if message.decoder:
+            decoder = family.load_decoder(checkpoint, config, self._runtime)
+            self._vae = VaeWorker(self._link, decoder, self._recorder, Path(self._spec.run_directory), self.report)
+            sizes["decoder"] = _weight_bytes(decoder)
+        synchronize(self._runtime.device)
+        return sizes
+
+    def _encode(self, message: EncodePrompt, payload: bytes | None) -> int:
+        assert self._encoder is not None, "this rank has no text encoder"
+        given = {} if payload is None else safetensors.torch.load(payload)
+        conditioning = self._encoder.encode(message.request, given)
+        packed = torch.frombuffer(bytearray(safetensors.torch.save(conditioning)), dtype=torch.uint8)
+        for rank in message.dit_ranks:
+            self._link.send(packed, rank, message.transfer)
+        self._conditioning_transfers[message.request.id] = message.transfer
+        return packed.numel()
+
+    def _release_conditioning(self, request: str) -> None:
+        transfer = self._conditioning_transfers.pop(request, None)
+        if transfer is not None:
+            self._link.forget(transfer)
+
+
+def _weight_bytes(part: Any) -> int:
+    modules = [value for value in vars(part).values() if isinstance(value, torch.nn.Module)]
+    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+
+
+class _HeartbeatThread(threading.Thread):
+    """Tells the engine twice a second that this process lives, and what its main thread is doing."""
+
+    def __init__(self, spec: RankSpec, recorder: SpanRecorder, device: torch.device) -> None:
+        super().__init__(name="heartbeat", daemon=True)
+        self._spec = spec
+        self._recorder = recorder
+        self._device = device
+        self._main = threading.get_ident()
+        self._stop_event = threading.Event()
+
+    def run(self) -> None:
+        client = ControlClient(self._spec.endpoint, self._spec.token, self._spec.rank, channel="beat")
+        while not self._stop_event.wait(HEARTBEAT_S):
+            current = self._recorder.current()
+            waiting, where = _locate(sys._current_frames().get(self._main))
+            client.send(
+                Envelope(
+                    message=Heartbeat(
+                        stage=None if current is None else current.stage,
+                        request=None if current is None else current.request,
+                        step=None if current is None else current.step,
+                        seconds=0.0 if current is None else (time.monotonic_ns() - current.since_ns) / 1e9,
+                        waiting=waiting,
+                        where=where,
+                    ),
+                    peak_memory_bytes=peak_memory_bytes(self._device),
+                )
+            )
+        client.close()
+
+    def stop(self) -> None:
+        """End the thread and wait for it."""
+        self._stop_event.set()
+        self.join()
+
+
+_WAITING_IN = ("videopipe/exchange.py", "videopipe/runtime.py")
+_OURS = ("videopipe/", "dit_group/", "vae_group/", "pipelines/")
+
+
+def _locate(frame: FrameType | None) -> tuple[bool, str]:
+    """Whether a stack is inside a transfer between ranks, and its innermost line of our own code."""
+    while frame is not None:
+        name = "/".join(frame.f_code.co_filename.split(os.sep)[-2:])
+        if name.startswith(_OURS):
+            return name.startswith(_WAITING_IN), f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return False, "outside videopipe"

@@ -1,0 +1,343 @@
+"""The configuration of a run: TOML into frozen structs; every mistake is one line that names the path.
+
+Precedence: built-in defaults, then the file, then `--set path=value` and the flags of the command line.
+"""
+
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from videopipe.geometry import VideoSpec
+from videopipe.records import OutputFormat
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message is one line: path, value, what would be right."""
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which weights run in which precision. `vae_dtype` and `text_encoder_dtype` default to `dtype`."""
+
+    family: Literal["hunyuan-video"] = "hunyuan-video"
+    weights: str = "hunyuanvideo-community/HunyuanVideo"
+    revision: str | None = None
+    dtype: DType = "float32"
+    vae_dtype: DType | None = None
+    text_encoder_dtype: DType | None = None
+    attention_kernel: Literal["sdpa", "math"] = "sdpa"
+
+
+class GroupsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many ranks denoise and how many decode; `vae_ranks = 0` puts both on the DiT ranks."""
+
+    dit_ranks: int = 1
+    vae_ranks: int = 1
+    text_encoder: Literal["dit", "vae"] = "dit"
+
+
+class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Who works when. `auto` is `decoupled` where there are VAE ranks and `colocated` where there are none."""
+
+    policy: Literal["auto", "colocated", "decoupled"] = "auto"
+    mode: Literal["fast", "deterministic"] = "fast"
+
+
+class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How q, k and v travel in the DiT group.
+
+    `text` says what happens to padded text tokens: `trimmed` drops them, `padded` keeps and masks them, `auto` keeps
+    them on one rank (where the result is then bit-equal to diffusers) and trims them on several.
+    `heads_per_chunk`: so many heads of each rank travel while others compute (PipeSP); `all` is the plain path.
+    `balance`: `heads` gives whole heads to ranks; `rows` divides those left over by query rows, so that 24 heads load
+    5 or 7 ranks equally.
+    """
+
+    strategy: Literal["ulysses"] = "ulysses"
+    heads_per_chunk: int | Literal["all"] = "all"
+    balance: Literal["heads", "rows"] = "heads"
+    text: Literal["auto", "trimmed", "padded"] = "auto"
+
+    @property
+    def fixed_heads_per_chunk(self) -> int | None:
+        """Heads in a chunk, None for all at once."""
+        return None if self.heads_per_chunk == "all" else self.heads_per_chunk
+
+
+class QueueConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The bounded queue between the groups: clips and bytes that may wait, and finished clips not yet taken away."""
+
+    capacity: int = 2
+    capacity_bytes: int = 4 * 1024**3
+    max_undelivered: int = 4
+
+
+class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How latents become frames. `clip`: one rank decodes a whole clip.
+
+    `tiling` decodes in spatial tiles as diffusers' `enable_tiling` does; the time tiles are the model's own default.
+    """
+
+    mode: Literal["clip"] = "clip"
+    tiling: bool = False
+
+
+class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is written for each request."""
+
+    format: OutputFormat = "mp4"
+    codec: str = "libx264"
+    crf: int = 18
+    pixel_format: str = "yuv420p"
+    fps: float = 24.0
+
+
+class RequestConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a request asks for where neither the prompt file nor a flag says otherwise."""
+
+    height: int = 720
+    width: int = 1280
+    num_frames: int = 129
+    num_inference_steps: int = 50
+    guidance_scale: float = 6.0
+    true_cfg_scale: float = 1.0
+    negative_prompt: str | None = None
+    max_sequence_length: int = 256
+    seed: int = 0
+
+
+class RuntimeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where ranks run. `threads_per_rank` is for the CPU; 0 shares the cores equally between the ranks."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads_per_rank: int = 0
+
+
+class FaultsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """When a rank counts as lost, in seconds.
+
+    `heartbeat_timeout_s`: no sign of life from the process (stopped, host gone). `hang_timeout_s`: alive, but in the
+    same operation for this long. `start_timeout_s`: a rank that never reports after it was started.
+    """
+
+    heartbeat_timeout_s: float = 8.0
+    hang_timeout_s: float = 600.0
+    start_timeout_s: float = 120.0
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One complete run."""
+
+    model: ModelConfig = msgspec.field(default_factory=ModelConfig)
+    groups: GroupsConfig = msgspec.field(default_factory=GroupsConfig)
+    schedule: ScheduleConfig = msgspec.field(default_factory=ScheduleConfig)
+    attention: AttentionConfig = msgspec.field(default_factory=AttentionConfig)
+    queue: QueueConfig = msgspec.field(default_factory=QueueConfig)
+    decode: DecodeConfig = msgspec.field(default_factory=DecodeConfig)
+    output: OutputConfig = msgspec.field(default_factory=OutputConfig)
+    request: RequestConfig = msgspec.field(default_factory=RequestConfig)
+    runtime: RuntimeConfig = msgspec.field(default_factory=RuntimeConfig)
+    faults: FaultsConfig = msgspec.field(default_factory=FaultsConfig)
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks of both groups."""
+        return self.groups.dit_ranks + self.groups.vae_ranks
+
+    @property
+    def policy(self) -> Literal["colocated", "decoupled"]:
+        """The schedule's policy with `auto` resolved."""
+        if self.schedule.policy == "auto":
+            return "decoupled" if self.groups.vae_ranks else "colocated"
+        return self.schedule.policy
+
+    @property
+    def text_trimmed(self) -> bool:
+        """Whether padded text tokens are dropped before the DiT."""
+        if self.attention.text == "auto":
+            return self.groups.dit_ranks > 1
+        return self.attention.text == "trimmed"
+
+    def spec(self) -> VideoSpec:
+        """The size of a clip that a request gets by default."""
+        r = self.request
+        return VideoSpec(height=r.height, width=r.width, num_frames=r.num_frames, fps=self.output.fps)
+
+
+def load_config(source: Path | str | Mapping[str, Any] | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration from a TOML file (or a mapping), with overrides.
+
+    Args:
+        source: path of a TOML file, a nested mapping with the same keys, or None for the defaults.
+        overrides: `path=value` strings; the value is read as TOML, and as a bare string where that fails.
+    Raises:
+        ConfigError: unreadable file, unknown key, wrong type or impossible value; one line that names it.
+    """
+    data: dict[str, Any]
+    if source is None:
+        data = {}
+    elif isinstance(source, Mapping):
+        data = {table: dict(keys) if isinstance(keys, Mapping) else keys for table, keys in source.items()}
+    else:
+        data = _read_toml(Path(source))
+    for override in overrides:
+        _set_path(data, override)
+    _check_type("", data, Config)
+    config = msgspec.convert(data, Config)
+    check_config(config)
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """The complete configuration as TOML that `load_config` reads back to the same; keys without a value are left out.
+
+    `schedule.policy = "auto"` and its like stay as they are.
+    """
+    lines: list[str] = []
+    for table, keys in msgspec.to_builtins(config).items():
+        lines.append(f"[{table}]")
+        lines += [f"{key} = {_toml_value(value)}" for key, value in keys.items() if value is not None]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: str | float | bool) -> str:
+    if isinstance(value, str):
+        return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")  # TOML's strings are JSON's but for DEL
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def check_config(config: Config) -> None:
+    """Refuse combinations that no machine can run.
+
+    Raises:
+        ConfigError: names the path, the value and the nearest valid value.
+    """
+    g, q = config.groups, config.queue
+    _at_least("groups.dit_ranks", g.dit_ranks, 1)
+    _at_least("groups.vae_ranks", g.vae_ranks, 0)
+    if config.attention.heads_per_chunk != "all":
+        _at_least("attention.heads_per_chunk", config.attention.heads_per_chunk, 1)
+    _at_least("queue.capacity", q.capacity, 1)
+    _at_least("queue.capacity_bytes", q.capacity_bytes, 1)
+    _at_least("queue.max_undelivered", q.max_undelivered, 1)
+    _at_least("runtime.threads_per_rank", config.runtime.threads_per_rank, 0)
+    for name, value in (
+        ("faults.heartbeat_timeout_s", config.faults.heartbeat_timeout_s),
+        ("faults.hang_timeout_s", config.faults.hang_timeout_s),
+        ("faults.start_timeout_s", config.faults.start_timeout_s),
+    ):
+        _at_least(name, value, 1.0)
+    if not 0 <= config.output.crf <= 51:
+        near = min(max(config.output.crf, 0), 51)
+        raise ConfigError(f"output.crf={config.output.crf} must be 0 to 51, nearest is {near}")
+    if config.schedule.policy == "decoupled" and g.vae_ranks == 0:
+        raise ConfigError("groups.vae_ranks=0 cannot be decoupled: schedule.policy='decoupled' needs 1, nearest is 1")
+    if config.schedule.policy == "colocated" and g.vae_ranks > 0:
+        raise ConfigError(
+            f"groups.vae_ranks={g.vae_ranks} would idle: schedule.policy='colocated' decodes on the DiT ranks, "
+            "nearest is 0"
+        )
+    if g.text_encoder == "vae" and g.vae_ranks == 0:
+        raise ConfigError("groups.text_encoder='vae' needs a VAE group but groups.vae_ranks=0, nearest is 'dit'")
+
+
+def _at_least(path: str, value: float, low: float) -> None:
+    if value < low:
+        raise ConfigError(f"{path}={value} must be at least {low:g}, nearest is {low:g}")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        hint = f", nearest is {path.parent / near[0]}" if near else ""
+        raise ConfigError(f"config={str(path)!r} does not exist{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config={str(path)!r} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config={str(path)!r} is not TOML: {error}") from None
+
+
+def _set_path(data: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or len(keys) < 2 or not all(keys):
+        raise ConfigError(f"--set {override!r} must look like table.key=value, for example groups.dit_ranks=2")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = data
+    for key in keys[:-1]:
+        child = table.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{path.strip()}={value!r}: {key} is a value, not a table")
+        table = child
+    table[keys[-1]] = value
+
+
+def _check_type(path: str, value: Any, expected: Any, default: Any = None) -> None:
+    """Walk `value` along the annotated type; the first mismatch becomes a ConfigError."""
+    origin = typing.get_origin(expected)
+    if isinstance(expected, type) and issubclass(expected, msgspec.Struct):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}={value!r} must be a table, as in [{path}]")
+        hints = typing.get_type_hints(expected)
+        defaults = {field.name: field.default for field in msgspec.structs.fields(expected)}
+        for key, item in value.items():
+            inner = f"{path}.{key}" if path else key
+            if key not in hints:
+                near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
+                full = f"{path}.{near}" if path else near
+                raise ConfigError(f"{inner}={_short(item)} is not a known key, nearest is {full}")
+            _check_type(inner, item, hints[key], defaults[key])
+    elif origin is Literal:
+        allowed = typing.get_args(expected)
+        if value not in allowed or isinstance(value, bool) != isinstance(allowed[0], bool):
+            near = difflib.get_close_matches(str(value), [str(a) for a in allowed], n=1, cutoff=0.0)[0]
+            choices = ", ".join(repr(a) for a in allowed)
+            raise ConfigError(f"{path}={_short(value)} must be one of {choices}; nearest is {near!r}")
+    elif origin in (typing.Union, types.UnionType):
+        inner_types = [t for t in typing.get_args(expected) if t is not type(None)]
+        if value is None and type(None) in typing.get_args(expected):
+            return
+        if isinstance(value, str) and len(inner_types) > 1:  # such as 2 or "all": a word is looked up among the words
+            inner_types = [t for t in inner_types if typing.get_origin(t) is Literal] or inner_types
+        _check_type(path, value, inner_types[0], default)
+    elif expected is float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{path}={_short(value)} must be a number{_nearest_number(value, float, default)}")
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}={value} must be finite, nearest is {default}")
+    elif expected is int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{path}={_short(value)} must be a whole number{_nearest_number(value, int, default)}")
+    elif expected is bool:
+        if not isinstance(value, bool):
+            near = "true" if value else "false"
+            raise ConfigError(f"{path}={_short(value)} must be true or false, nearest is {near}")
+    elif expected is str and not isinstance(value, str):
+        raise ConfigError(f"{path}={_short(value)} must be text, nearest is {str(value)!r}")
+
+
+def _nearest_number(value: Any, kind: type[int] | type[float], default: Any) -> str:
+    try:
+        near = float(value) if kind is float else round(float(value))
+    except (TypeError, ValueError, OverflowError):
+        near = default
+    return f", nearest is {near}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,211 @@
+"""What the engine and the ranks say to each other: small typed structs as MessagePack; tensors travel beside them."""
+
+from typing import Literal
+
+import msgspec
+
+from videopipe.records import VideoRequest
+from videopipe.trace import Span
+
+# ---- engine -> rank ------------------------------------------------------------------------------------------------
+
+
+class LoadParts(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Load the parts of the model that this rank needs. Ranks of one host are told one after the other."""
+
+    text_encoder: bool
+    denoiser: bool
+    decoder: bool
+
+
+class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Encode a prompt and send the conditioning to `dit_ranks`. A payload holds conditioning given by the caller."""
+
+    request: VideoRequest
+    dit_ranks: tuple[int, ...]
+    transfer: int
+
+
+class BeginDenoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Receive `nbytes` of conditioning from `source`, make the noise. A payload holds noise given by the caller."""
+
+    request: VideoRequest
+    source: int
+    nbytes: int
+    transfer: int
+
+
+class RunStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Run one denoising step."""
+
+    request: str
+    step: int
+
+
+class FinishDenoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Bring the finished latents to host memory on the leader and free the state."""
+
+    request: str
+
+
+class AbandonRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget a cancelled request."""
+
+    request: str
+
+
+class SendLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Send finished latents to a decoding rank; keep them until they are released."""
+
+    request: str
+    to: int
+    transfer: int
+
+
+class DecodeLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Receive latents of `shape` (float32) from `source`, acknowledge, decode.
+
+    `result`: uint8 frames, float32 frames in 0..1 for callers that asked for them, or the latents themselves.
+    `by_wire`: send the result as a payload, since the engine runs on another host.
+    """
+
+    request: VideoRequest
+    source: int
+    shape: tuple[int, ...]
+    sequence: int
+    transfer: int
+    result: Literal["uint8", "float32", "latents"] = "uint8"
+    by_wire: bool = False
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget what the receivers hold by now: the latents (leader) or the conditioning (encoder) of a request."""
+
+    request: str
+    what: Literal["latents", "conditioning"]
+
+
+class StopRank(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """End the process in order."""
+
+
+ToRank = (
+    LoadParts
+    | EncodePrompt
+    | BeginDenoise
+    | RunStep
+    | FinishDenoise
+    | AbandonRequest
+    | SendLatents
+    | DecodeLatents
+    | Release
+    | StopRank
+)
+
+# ---- rank -> engine ------------------------------------------------------------------------------------------------
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A rank is up and its process groups are ready. `clock_ns` is its monotonic clock at sending."""
+
+    pid: int
+    host: str
+    device: str
+    clock_ns: int
+
+
+class PartsLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The parts are loaded; bytes of weights by part."""
+
+    weight_bytes: dict[str, int]
+
+
+class PromptEncoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The conditioning is ready; so many bytes will be sent to each DiT rank."""
+
+    request: str
+    nbytes: int
+
+
+class StepCompleted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One step has completed on the leader's device."""
+
+    request: str
+    step: int
+
+
+class LatentsReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Finished latents lie in the leader's host memory."""
+
+    request: str
+
+
+class StateFreed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A DiT rank other than the leader has finished a request; brings its last spans."""
+
+    request: str
+
+
+class LatentsArrived(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The acknowledgement of a hand-over."""
+
+    request: str
+    sequence: int
+
+
+class ResultReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A decode has ended. `path` is a raw file of `dtype` and `shape` in host memory, None where a payload follows."""
+
+    request: str
+    path: str | None
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A rank cannot go on. `kind` is the exception's class; `out_of_memory` tells the usual one apart."""
+
+    kind: str
+    message: str
+    traceback: str
+    stage: str
+    request: str | None
+    step: int | None
+    out_of_memory: bool
+
+
+class Heartbeat(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Sent by a thread of its own: alive, and what the main thread has been doing for how long.
+
+    `waiting` tells that the rank waits for others (a collective, a transfer): it is not the one that hangs. `where` is
+    the innermost line of our own code that the main thread is in.
+    """
+
+    stage: str | None
+    request: str | None
+    step: int | None
+    seconds: float
+    waiting: bool
+    where: str
+
+
+FromRank = (
+    Hello
+    | PartsLoaded
+    | PromptEncoded
+    | StepCompleted
+    | LatentsReady
+    | StateFreed
+    | LatentsArrived
+    | ResultReady
+    | RankFailed
+    | Heartbeat
+)
+
+
+class Envelope(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything a rank sends: the message, the spans it finished since the last one, and its peak memory so far."""
+
+    message: FromRank
+    spans: tuple[Span, ...] = ()
+    peak_memory_bytes: int = 0

@@ -1,0 +1,135 @@
+"""What a rank is: number, device, groups. A value that is passed in, never a global."""
+
+import datetime
+import resource
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import Store
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """One rank of a run.
+
+    `exchange_group` joins the DiT ranks and carries activations on their devices (NCCL, or gloo on CPU); None with
+    one DiT rank or on other ranks. `peers` joins all ranks and carries conditioning and latents in host memory over
+    gloo: they are small, and a transfer that waits for its receiver never holds a GPU stream.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dit_ranks: tuple[int, ...]
+    exchange_group: dist.ProcessGroup | None = None
+    peers: dist.ProcessGroup | None = None
+
+    @property
+    def dit_member(self) -> int | None:
+        """This rank's place in the DiT group, None outside of it."""
+        return self.dit_ranks.index(self.rank) if self.rank in self.dit_ranks else None
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this is the first DiT rank."""
+        return self.rank == self.dit_ranks[0]
+
+
+def start_runtime(
+    *,
+    rank: int,
+    world_size: int,
+    dit_ranks: tuple[int, ...],
+    device: torch.device,
+    store: Store | None,
+    timeout_s: float = 1800.0,
+) -> Runtime:
+    """Join the process groups of a run. Collective over all ranks; with one rank there is nothing to join.
+
+    Args:
+        store: rendezvous of all ranks; None only where world_size is 1.
+        timeout_s: when a collective gives up by itself; the engine's own fault detection is much faster.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1:
+        return Runtime(rank=rank, world_size=1, device=device, dit_ranks=dit_ranks)
+    assert store is not None
+    timeout = datetime.timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    # every rank makes every group in the same order; a lazy build inside a step could deadlock
+    exchange_group = dist.new_group(list(dit_ranks), timeout=timeout, backend=backend) if len(dit_ranks) > 1 else None
+    peers = dist.new_group(list(range(world_size)), timeout=timeout, backend="gloo")
+    if rank not in dit_ranks:
+        exchange_group = None
+    if exchange_group is not None:
+        dist.all_reduce(torch.zeros(1, device=device), group=exchange_group)  # builds the connections now
+    return Runtime(
+        rank=rank,
+        world_size=world_size,
+        device=device,
+        dit_ranks=dit_ranks,
+        exchange_group=exchange_group,
+        peers=peers,
+    )
+
+
+def end_runtime(runtime: Runtime) -> None:
+    """Leave the process groups."""
+    if runtime.world_size > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class PeerLink:
+    """Transfers of host tensors between two ranks that neither blocks until it must.
+
+    A transfer has a number that both sides know, so order does not matter. What is being sent is kept alive until
+    `forget`.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._outgoing: dict[int, list[tuple[dist.Work | None, Tensor]]] = {}
+        self._local: dict[int, Tensor] = {}
+
+    def send(self, tensor: Tensor, to: int, transfer: int) -> None:
+        """Begin to send a contiguous host tensor; returns at once."""
+        assert tensor.device.type == "cpu" and tensor.is_contiguous(), (tensor.device, tensor.stride())
+        if to == self._runtime.rank:
+            self._local[transfer] = tensor
+            return
+        work = dist.isend(tensor, dst=to, group=self._runtime.peers, tag=transfer)
+        self._outgoing.setdefault(transfer, []).append((work, tensor))
+
+    def receive(self, shape: tuple[int, ...], dtype: torch.dtype, source: int, transfer: int) -> Tensor:
+        """Wait for a tensor of known shape and dtype."""
+        if source == self._runtime.rank:
+            tensor = self._local.pop(transfer)
+            assert tuple(tensor.shape) == shape and tensor.dtype == dtype, (tensor.shape, shape)
+            return tensor
+        tensor = torch.empty(shape, dtype=dtype)
+        dist.recv(tensor, src=source, group=self._runtime.peers, tag=transfer)
+        return tensor
+
+    def forget(self, transfer: int) -> None:
+        """The receiver has the tensor (or never will): stop keeping it alive."""
+        self._local.pop(transfer, None)
+        self._outgoing.pop(transfer, None)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most this process has held: device memory on CUDA, resident host memory on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device's work; nothing on CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

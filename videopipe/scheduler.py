@@ -1,0 +1,424 @@
+"""Decides everything: which rank encodes, denoises, decodes, and when a latent may cross. A pure state machine.
+
+`Scheduler.on(event) -> [command]` has no torch, no clock and no I/O in it; it is driven by the engine with real
+workers, by tests with a fake clock, and later by a simulator. All decisions fall at denoising-step boundaries. The
+commands for one rank form one ordered stream, and every group of ranks gets its shared commands in the same order.
+
+Source: the roles and the protocol follow PipeDiT (arXiv 2511.12056), DeDiVAE, with credits instead of polling.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+
+import msgspec
+
+from videopipe.policies import POLICIES, Policy
+from videopipe.queue import BoundedQueue
+
+# ---- events: what has happened -------------------------------------------------------------------------------------
+
+
+class Submitted(msgspec.Struct, frozen=True, kw_only=True):
+    """A request arrived. `latent_bytes` is the size of its finished latents."""
+
+    request: str
+    num_steps: int
+    latent_bytes: int
+
+
+class Encoded(msgspec.Struct, frozen=True, kw_only=True):
+    """The text encoder has the conditioning of a request ready."""
+
+    request: str
+
+
+class StepDone(msgspec.Struct, frozen=True, kw_only=True):
+    """The DiT group has completed one denoising step (device work included)."""
+
+    request: str
+    step: int
+
+
+class Denoised(msgspec.Struct, frozen=True, kw_only=True):
+    """The finished latents of a request lie on the leader of the DiT group."""
+
+    request: str
+
+
+class LatentsReceived(msgspec.Struct, frozen=True, kw_only=True):
+    """A decoding rank holds the latents; the leader may forget them."""
+
+    request: str
+    sequence: int
+
+
+class Decoded(msgspec.Struct, frozen=True, kw_only=True):
+    """A rank has finished a decode, its last kernel included: the credit for the next one."""
+
+    request: str
+    rank: int
+
+
+class Delivered(msgspec.Struct, frozen=True, kw_only=True):
+    """The caller has taken a finished clip out of host memory."""
+
+    request: str
+
+
+class Cancelled(msgspec.Struct, frozen=True, kw_only=True):
+    """The caller no longer wants a request. What already runs for it ends at the next boundary."""
+
+    request: str
+
+
+Event = Submitted | Encoded | StepDone | Denoised | LatentsReceived | Decoded | Delivered | Cancelled
+
+# ---- commands: what shall be done ----------------------------------------------------------------------------------
+
+
+class Encode(msgspec.Struct, frozen=True, kw_only=True):
+    """`rank` encodes the prompt and sends the conditioning to the DiT ranks."""
+
+    request: str
+    rank: int
+
+
+class Begin(msgspec.Struct, frozen=True, kw_only=True):
+    """The DiT ranks take the conditioning and prepare the noise."""
+
+    request: str
+    ranks: tuple[int, ...]
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """The DiT ranks run one denoising step."""
+
+    request: str
+    step: int
+    ranks: tuple[int, ...]
+
+
+class Finish(msgspec.Struct, frozen=True, kw_only=True):
+    """The DiT ranks hand the finished latents to their leader's host memory and free the request's state."""
+
+    request: str
+    ranks: tuple[int, ...]
+
+
+class Abandon(msgspec.Struct, frozen=True, kw_only=True):
+    """The ranks forget a cancelled request."""
+
+    request: str
+    ranks: tuple[int, ...]
+
+
+class HandOver(msgspec.Struct, frozen=True, kw_only=True):
+    """The leader sends the latents to `rank`, which acknowledges and decodes them."""
+
+    request: str
+    leader: int
+    rank: int
+    sequence: int
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True):
+    """The leader forgets latents that a decoding rank has acknowledged."""
+
+    request: str
+    rank: int
+
+
+Command = Encode | Begin | Step | Finish | Abandon | HandOver | Release
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+class Topology(msgspec.Struct, frozen=True, kw_only=True):
+    """Which ranks do what. Without a VAE group the DiT ranks decode as well (`decode_ranks`)."""
+
+    dit_ranks: tuple[int, ...]
+    vae_ranks: tuple[int, ...]
+    encoder_rank: int
+
+    @property
+    def leader(self) -> int:
+        """The first DiT rank; finished latents wait in its host memory."""
+        return self.dit_ranks[0]
+
+    @property
+    def decode_ranks(self) -> tuple[int, ...]:
+        """The ranks that can decode."""
+        return self.vae_ranks or self.dit_ranks
+
+
+class _Denoising:
+    """Progress of one request in the DiT group."""
+
+    def __init__(self, request: str, num_steps: int, nbytes: int) -> None:
+        self.request = request
+        self.num_steps = num_steps
+        self.nbytes = nbytes
+        self.issued = 0
+        self.done = 0
+        self.finishing = False
+
+
+class Scheduler:
+    """See the module. `steps_ahead` counts steps that ranks may hold beyond the one they execute."""
+
+    def __init__(
+        self,
+        topology: Topology,
+        policy: str | Policy,
+        queue: BoundedQueue,
+        *,
+        encode_ahead: int = 2,
+        steps_ahead: int = 1,
+        max_undelivered: int = 4,
+    ) -> None:
+        self.topology = topology
+        self.policy: Policy = POLICIES[policy] if isinstance(policy, str) else policy
+        self.queue = queue
+        self.max_undelivered = max(max_undelivered, len(topology.decode_ranks))
+        self._encode_ahead = encode_ahead
+        self._steps_in_flight = 1 + steps_ahead
+        self._requests: dict[str, Submitted] = {}
+        self._pending: deque[str] = deque()  # not yet encoded
+        self._encoding: deque[str] = deque()
+        self._encoded: deque[str] = deque()
+        self._active: deque[_Denoising] = deque()  # in the DiT group, oldest first; at most one still issues steps
+        self._blocked: _Denoising | None = None  # denoised, but the queue has no room: `put` waits
+        self._decoding: dict[int, str] = {}  # rank -> request: the credits that are out
+        self._undelivered: set[str] = set()
+        self._cancelled: set[str] = set()
+
+    # -- what policies and tests may look at
+
+    @property
+    def denoising(self) -> int:
+        """Requests in the DiT group."""
+        return len(self._active)
+
+    @property
+    def decoding(self) -> int:
+        """Decodes under way."""
+        return len(self._decoding)
+
+    @property
+    def to_denoise(self) -> int:
+        """Requests that have not reached the DiT group."""
+        return len(self._pending) + len(self._encoding) + len(self._encoded)
+
+    @property
+    def put_blocked(self) -> bool:
+        """Whether a finished latent waits for room in the queue."""
+        return self._blocked is not None
+
+    @property
+    def outstanding(self) -> int:
+        """Clips between the end of denoising and the end of decoding: 0 tells that the VAE group is idle."""
+        return self.queue.waiting + self.decoding + (self._blocked is not None)
+
+    @property
+    def encoding(self) -> str | None:
+        """The request that the text encoder is at."""
+        return self._encoding[0] if self._encoding else None
+
+    @property
+    def current_step(self) -> tuple[str, int] | None:
+        """The request and step that the DiT group is at, as far as it has reported."""
+        for run in self._active:
+            if run.done < run.num_steps:
+                return run.request, run.done
+        return None
+
+    def decoding_on(self, rank: int) -> str | None:
+        """The request that `rank` decodes."""
+        return self._decoding.get(rank)
+
+    def knows(self, request: str) -> bool:
+        """Whether a request is under way, or finished and not taken away."""
+        return request in self._requests
+
+    @property
+    def idle(self) -> bool:
+        """Nothing left to do, apart from clips the caller has not taken."""
+        return not (self.to_denoise or self._active or self.outstanding or self.queue.unacknowledged)
+
+    # -- events
+
+    def on(self, event: Event) -> list[Command]:
+        """Take one event, answer with the commands that follow from it, in order.
+
+        Raises:
+            AssertionError: an event that cannot have happened in this state (programmer error).
+            ValueError: a submitted request that the queue can never hold, or an id that is already under way.
+        """
+        commands: list[Command] = []
+        match event:
+            case Submitted():
+                self._submit(event)
+            case Encoded():
+                assert self._encoding and self._encoding[0] == event.request, (event, self._encoding)
+                self._encoding.popleft()
+                if event.request in self._cancelled:
+                    self._forget(event.request)
+                    commands.append(Abandon(request=event.request, ranks=self._encoder_and_dit()))
+                else:
+                    self._encoded.append(event.request)
+            case StepDone():
+                run = next(run for run in self._active if run.done < run.num_steps)
+                assert (run.request, run.done) == (event.request, event.step), (event, run.request, run.done)
+                run.done += 1
+                if event.request in self._cancelled and run.done == run.issued and not run.finishing:
+                    self._active.remove(run)
+                    self._forget(event.request)
+                    commands.append(Abandon(request=event.request, ranks=self._encoder_and_dit()))
+            case Denoised():
+                run = self._active.popleft()
+                assert run.request == event.request and run.finishing, (event, run.request)
+                assert self._blocked is None, (event, self._blocked)
+                if event.request in self._cancelled:
+                    self._forget(event.request)
+                    commands.append(Release(request=event.request, rank=self.topology.leader))
+                else:
+                    self._blocked = run
+            case LatentsReceived():
+                if self.queue.acknowledge(event.sequence) is not None:
+                    commands.append(Release(request=event.request, rank=self.topology.leader))
+            case Decoded():
+                assert self._decoding.get(event.rank) == event.request, (event, self._decoding)
+                del self._decoding[event.rank]
+                if event.request in self._cancelled:
+                    self._forget(event.request)
+                else:
+                    self._undelivered.add(event.request)
+            case Delivered():
+                self._undelivered.discard(event.request)
+                self._forget(event.request)
+            case Cancelled():
+                commands.extend(self._cancel(event.request))
+        self._advance(commands)
+        return commands
+
+    def _submit(self, event: Submitted) -> None:
+        if event.request in self._requests:
+            raise ValueError(f"id={event.request!r} is already under way, give each request its own id")
+        if event.latent_bytes > self.queue.capacity_bytes:
+            raise ValueError(
+                f"queue.capacity_bytes={self.queue.capacity_bytes} cannot hold the latents of {event.request!r}, "
+                f"nearest is {event.latent_bytes}"
+            )
+        assert event.num_steps >= 1, event
+        self._requests[event.request] = event
+        self._pending.append(event.request)
+
+    def _cancel(self, request: str) -> list[Command]:
+        if request not in self._requests:
+            return []
+        if request in self._pending:
+            self._pending.remove(request)
+            self._forget(request)
+        elif request in self._encoded:
+            self._encoded.remove(request)
+            self._forget(request)
+            return [Abandon(request=request, ranks=self._encoder_and_dit())]
+        elif self.queue.discard(request):
+            self._forget(request)
+            return [Release(request=request, rank=self.topology.leader)]
+        elif self._blocked is not None and self._blocked.request == request:
+            self._blocked = None
+            self._forget(request)
+            return [Release(request=request, rank=self.topology.leader)]
+        elif request in self._undelivered:
+            self._undelivered.discard(request)
+            self._forget(request)
+        else:
+            self._cancelled.add(request)  # encoding, denoising or decoding: ends at its next boundary
+            for run in self._active:
+                if run.request == request and run.issued == run.done and not run.finishing:
+                    self._active.remove(run)
+                    self._forget(request)
+                    return [Abandon(request=request, ranks=self._encoder_and_dit())]
+        return []
+
+    def _forget(self, request: str) -> None:
+        self._requests.pop(request, None)
+        self._cancelled.discard(request)
+
+    def _encoder_and_dit(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys((self.topology.encoder_rank, *self.topology.dit_ranks)))
+
+    # -- what follows from the state
+
+    def _advance(self, commands: list[Command]) -> None:
+        """Issue everything that may start now. Encoding first: it must not wait behind a decode on the same rank."""
+        self._encode(commands)
+        moved = True
+        while moved:  # a decode makes room for a blocked put, a put gives a rank its next decode
+            moved = self._put() | self._hand_over(commands)
+        self._denoise(commands)
+
+    def _encode(self, commands: list[Command]) -> None:
+        while self._pending and len(self._encoding) + len(self._encoded) < self._encode_ahead:
+            request = self._pending.popleft()
+            self._encoding.append(request)
+            commands.append(Encode(request=request, rank=self.topology.encoder_rank))
+
+    def _put(self) -> bool:
+        if self._blocked is None or not self.queue.has_room(self._blocked.nbytes):
+            return False
+        self.queue.put(self._blocked.request, self._blocked.nbytes)
+        self._blocked = None
+        return True
+
+    def _hand_over(self, commands: list[Command]) -> bool:
+        moved = False
+        # the leader last: it obeys in order, so what it shall send must not wait behind a decode of its own
+        for rank in sorted(self.topology.decode_ranks, key=lambda rank: rank == self.topology.leader):
+            if rank in self._decoding or not self.queue.waiting or not self.policy.may_decode(self):
+                continue
+            if self.decoding + len(self._undelivered) >= self.max_undelivered:
+                break
+            ticket = self.queue.take()
+            self._decoding[rank] = ticket.item
+            commands.append(
+                HandOver(request=ticket.item, leader=self.topology.leader, rank=rank, sequence=ticket.sequence)
+            )
+            moved = True
+        return moved
+
+    def _denoise(self, commands: list[Command]) -> None:
+        ranks = self.topology.dit_ranks
+        while True:
+            run = self._active[-1] if self._active else None
+            if run is None or run.finishing:
+                if not self._may_begin():
+                    return
+                submitted = self._requests[self._encoded.popleft()]
+                run = _Denoising(submitted.request, submitted.num_steps, submitted.latent_bytes)
+                self._active.append(run)
+                commands.append(Begin(request=run.request, ranks=ranks))
+            if run.request in self._cancelled:
+                return
+            while run.issued < run.num_steps:
+                if sum(r.issued - r.done for r in self._active) >= self._steps_in_flight:
+                    return
+                commands.append(Step(request=run.request, step=run.issued, ranks=ranks))
+                run.issued += 1
+            run.finishing = True
+            commands.append(Finish(request=run.request, ranks=ranks))
+
+    def _may_begin(self) -> bool:
+        """A request may enter the DiT group when no earlier one could be stopped by a full queue."""
+        if not self._encoded or self._blocked is not None:
+            return False
+        if sum(r.issued - r.done for r in self._active) >= self._steps_in_flight:
+            return False
+        if self._active and not self._fits([run.nbytes for run in self._active]):
+            return False
+        return self.policy.may_begin(self)
+
+    def _fits(self, sizes: Sequence[int]) -> bool:
+        q = self.queue
+        return q.waiting + len(sizes) <= q.capacity and q.waiting_bytes + sum(sizes) <= q.capacity_bytes
