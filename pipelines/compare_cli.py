@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
+from videopipe.files import replacing
 from videopipe.quality.align import Align, paired_frames, parse_align
-from videopipe.quality.clips import Clip, Decoder, clips_in, is_output_directory, open_clip
+from videopipe.quality.clips import Clip, Decoder, clips_in, is_output_directory, open_clip, read_side_car
 from videopipe.quality.compare import Comparison, MetricName, Series, compare_clips, parse_metrics, to_json
-from videopipe.quality.files import replacing
 from videopipe.quality.floor import FloorJudgement, NoiseFloor, floor_from, judge
 from videopipe.quality.folders import FolderComparison, compare_folders
 from videopipe.quality.lpips import Lpips
@@ -134,7 +134,7 @@ def compare(
         )
         _check_outputs(job)
         code = _run(ref, cand, job, console, errors)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         _usage_error(errors, str(error))
     if code:
         raise typer.Exit(code)
@@ -207,6 +207,7 @@ def _run_steps(ref: Path, cand: Path, job: _Job, console: Console) -> int:
 def _compare_pair(ref: Path, cand: Path, job: _Job, page: Path | None, console: Console) -> _Outcome:
     left, right = open_clip(ref, job.decoder), open_clip(cand, job.decoder)
     comparison = _with_extras(_measure(left, right, job, console), left, right, job)
+    comparison = msgspec.structs.replace(comparison, notes=(*comparison.notes, *_hash_notes(ref, cand)))
     folders = steps_folder(ref), steps_folder(cand)
     found = None
     if all(folder.is_dir() for folder in folders):
@@ -267,6 +268,14 @@ def _with_extras(comparison: Comparison, ref: Clip, cand: Clip, job: _Job) -> Co
     if job.lpips is not None:
         series["lpips"] = Series(name="lpips", values=tuple(job.lpips.values(pairs())))
     return msgspec.structs.replace(comparison, series=series)
+
+
+def _hash_notes(ref: Path, cand: Path) -> list[str]:
+    """What the side-cars' hashes say of the frames before they were encoded."""
+    left, right = ((read_side_car(clip) or {}).get("frames_sha256") for clip in (ref, cand))
+    if left is None or right is None:
+        return []
+    return [f"before encoding, all frames were {'equal' if left == right else 'not equal'} (side-cars, frames_sha256)"]
 
 
 def _judge(

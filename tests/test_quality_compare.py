@@ -9,10 +9,12 @@ from typer.testing import CliRunner
 
 from pipelines.compare_cli import app
 from tests.quality_clips import brighter, moving_picture, noisy, write_images, write_video
-from videopipe import quality
+from videopipe import media, quality
+from videopipe.geometry import VideoSpec
 from videopipe.quality import compare_clips, open_clip
 from videopipe.quality.terminal import sparkline
 from videopipe.quality.thresholds import failures, parse_thresholds
+from videopipe.records import SideCar, VideoRequest
 
 REF = moving_picture(24)
 GAMMA = (255 * (REF / 255) ** 1.1).round().astype(np.uint8)
@@ -264,3 +266,38 @@ def test_directories_are_matched_by_request_id(folders):
     for path, words in ((folders / "empty", "holds neither images nor clips"), (folders / "absent", "no such file")):
         result = run(folders / "ref", path)
         assert (result.exit_code, words in " ".join(result.output.split())) == (2, True), result.output
+
+
+def side_car(clip_id, frames, seed=0):
+    spec = VideoSpec(height=96, width=128, num_frames=len(frames), fps=12.0)
+    return SideCar(
+        request=VideoRequest(id=clip_id, prompt="blocks", spec=spec, seed=seed),
+        output=f"{clip_id}.mp4",
+        format="mp4",
+        frames_sha256=media.frames_hash(frames),
+        versions={"videopipe": "0"},
+        plan={},
+        config={},
+        stages=(),
+        queue_wait_s=0.0,
+        total_s=1.0,
+        peak_memory_bytes={},
+        finished_at="2026-01-01T00:00:00Z",
+    )
+
+
+def test_what_the_renderer_writes_is_what_is_compared(tmp_path):
+    for side, crf in (("ref", 10), ("cand", 30)):
+        (tmp_path / side).mkdir()
+        for form, stem in (("mp4", "a.1"), ("png", "b.5"), ("npy", "c")):
+            media.write_frames(REF, tmp_path / side / stem, form, fps=12.0, crf=crf)
+            media.write_side_car(side_car(stem, REF), tmp_path / side / f"{stem}.json")
+        (tmp_path / side / ".d.part").mkdir()  # a clip being written is no clip yet
+        media.write_frames(REF[:1], tmp_path / side / ".d.part" / "x", "png")
+    result = run(tmp_path / "ref", tmp_path / "cand", "--json", tmp_path / "o.json")
+    assert result.exit_code == 0, result.output
+    clips = json.loads((tmp_path / "o.json").read_text())["clips"]
+    assert set(clips) == {"a.1", "b.5", "c"}
+    assert [clips[stem]["identical"] for stem in ("a.1", "b.5", "c")] == [False, True, True]
+    assert any("before encoding, all frames were equal" in note for note in clips["a.1"]["notes"])
+    assert open_clip(tmp_path / "ref" / "b.5").info.fps == 12.0

@@ -15,10 +15,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from videopipe.files import replacing
 from videopipe.quality.align import parse_align
 from videopipe.quality.clips import Clip, clips_in, open_clip
 from videopipe.quality.compare import Comparison, MetricName, compare_clips, parse_metrics
-from videopipe.quality.files import replacing
 from videopipe.quality.folders import compare_folders
 from videopipe.quality.fvd import I3D, clip_features, frechet_distance
 from videopipe.quality.terminal import number

@@ -274,6 +274,8 @@ def clips_in(folder: Path) -> dict[str, list[Path]]:
     """
     found: dict[str, list[Path]] = {}
     for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):  # a clip that is being written
+            continue
         if entry.is_dir():
             if image_files(entry):
                 found.setdefault(entry.name, []).append(entry)
@@ -283,7 +285,12 @@ def clips_in(folder: Path) -> dict[str, list[Path]]:
         suffixes = ", ".join(sorted(VIDEO_SUFFIXES | ARRAY_SUFFIXES))
         raise ValueError(f"{folder}: holds neither images nor clips ({suffixes})")
     order = {".npy": 0, ".safetensors": 1, "": 2}
-    return {stem: sorted(paths, key=lambda p: order.get(p.suffix, 3)) for stem, paths in found.items()}
+    return {stem: sorted(paths, key=lambda path: order.get(form_of(path), 3)) for stem, paths in found.items()}
+
+
+def form_of(clip: Path) -> str:
+    """The suffix that tells a clip's form, "" for a folder of images, whose name may hold a dot."""
+    return "" if clip.is_dir() else clip.suffix.lower()
 
 
 def is_output_directory(path: Path) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from videopipe.quality.clips import clips_in
+from videopipe.quality.clips import clips_in, form_of
 from videopipe.quality.compare import METRICS, Comparison
 
 
@@ -65,9 +65,9 @@ def match_clips(ref: Path, cand: Path) -> tuple[dict[str, tuple[Path, Path]], di
             missing, there = ("CAND", left) if stem in left else ("REF", right)
             problems[stem] = f"{there[stem][0]} has no partner: {stem!r} is missing in {missing}"
             continue
-        forms = {path.suffix: path for path in right[stem]}
-        shared = next((path for path in left[stem] if path.suffix in forms), None)
-        pairs[stem] = (shared, forms[shared.suffix]) if shared else (left[stem][0], right[stem][0])
+        forms = {form_of(path): path for path in right[stem]}
+        shared = next((path for path in left[stem] if form_of(path) in forms), None)
+        pairs[stem] = (shared, forms[form_of(shared)]) if shared else (left[stem][0], right[stem][0])
     return pairs, problems
 
 

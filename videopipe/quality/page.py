@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from videopipe.files import replacing
 from videopipe.quality.align import Align, paired_frames, resized, to_bytes
 from videopipe.quality.clips import Clip, read_side_car
 from videopipe.quality.compare import METRICS, Comparison, to_json
-from videopipe.quality.files import replacing
 
 _LOSSLESS_PX = 256 * 256  # pictures up to this size are kept exactly
 

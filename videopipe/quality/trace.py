@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from videopipe.quality.files import replacing
+from videopipe.files import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
