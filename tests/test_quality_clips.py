@@ -57,6 +57,12 @@ def test_what_decord_cannot_read_goes_to_pyav(tmp_path):
     assert len(list(clip.frames())) == len(REF)
 
 
+def test_files_that_decord_would_hold_in_memory_go_to_pyav(folder):
+    size = (folder / "lossy.mp4").stat().st_size
+    for limit, decoder in ((size, "decord"), (size - 1, "av")):
+        assert clips.VideoClip(folder / "lossy.mp4", decord_bytes=limit).info.decoder == decoder
+
+
 def test_both_sides_share_a_decoder(folder, tmp_path):
     av1 = write_video(tmp_path / "a.mp4", REF, codec="libsvtav1", pix_fmt="yuv420p", crf="30")
     ref, cand = open_clip(folder / "lossy.mp4"), open_clip(av1)

@@ -22,6 +22,7 @@ Decoder = Literal["auto", "decord", "av"]
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 VIDEO_SUFFIXES = frozenset({".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif", ".y4m"})
 ARRAY_SUFFIXES = frozenset({".npy", ".safetensors"})
+DECORD_BYTES = 64 * 2**20  # decord reads the packets of a whole file ahead: larger ones would not stream
 _HDR_TRANSFERS = {16: "PQ (SMPTE ST 2084)", 18: "HLG (ARIB STD-B67)"}
 
 
@@ -80,7 +81,8 @@ def open_clip(path: Path | str, decoder: Decoder = "auto") -> Clip:
 
     Args:
         path: a video file, a folder of images, or an npy or safetensors file of frames or latents.
-        decoder: for video files. "auto" takes decord where it is installed and can read the file, else PyAV.
+        decoder: for video files. "auto" takes decord where it is installed, can read the file and would stream it (files
+            up to 64 MiB), else PyAV, which gives the same frames.
     Raises:
         ValueError: nothing there, empty, damaged, or not something that holds frames; the message names the path.
     """
@@ -103,8 +105,10 @@ def open_clip(path: Path | str, decoder: Decoder = "auto") -> Clip:
 class VideoClip:
     """A video file, decoded with decord or PyAV."""
 
-    def __init__(self, path: Path, decoder: Decoder = "auto") -> None:
+    def __init__(self, path: Path, decoder: Decoder = "auto", *, decord_bytes: int = DECORD_BYTES) -> None:
+        """Look at the container; with "auto", files above `decord_bytes` go to PyAV."""
         self._path = path
+        self._decord_bytes = decord_bytes
         self.info = _probe(path)
         self._decoder: Literal["decord", "av"] = "av"
         if decoder == "decord" or (decoder == "auto" and self._decord_can()):
@@ -118,7 +122,8 @@ class VideoClip:
 
     def _decord_can(self) -> bool:
         """Whether decord is installed, opens the file and counts the same frames; it has no AV1 and gives 8 bits."""
-        if importlib.util.find_spec("decord") is None or self.info.bit_depth > 8:
+        too_large = self._path.stat().st_size > self._decord_bytes
+        if importlib.util.find_spec("decord") is None or self.info.bit_depth > 8 or too_large:
             return False
         import decord
 
@@ -341,21 +346,26 @@ def _probe(path: Path) -> ClipInfo:
             stream = container.streams.video[0]
             promised = stream.frames
             base = stream.time_base or Fraction(1, 1)
-            packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-            stamps = sorted(p.pts for p in packets if p.pts is not None)
-            complete = len(stamps) == len(packets)
-            times = tuple(float((stamp - stamps[0]) * base) for stamp in stamps) if complete else None
-            if not packets:
+            count = 0
+            stamps: list[int] = []
+            for packet in container.demux(stream):  # not kept: together they are the whole file
+                if packet.size and not packet.is_discard:
+                    count += 1
+                    if packet.pts is not None:
+                        stamps.append(packet.pts)
+            stamps.sort()
+            times = tuple(float((stamp - stamps[0]) * base) for stamp in stamps) if len(stamps) == count else None
+            if not count:
                 raise ValueError(f"{path}: has no frames")
-            if promised and promised != len(packets):
-                raise ValueError(f"{path}: cut short: its header says {promised} frames, {len(packets)} are there")
+            if promised and promised != count:
+                raise ValueError(f"{path}: cut short: its header says {promised} frames, {count} are there")
             context = stream.codec_context
             layout = av.VideoFormat(context.pix_fmt) if context.pix_fmt else None
             return ClipInfo(
                 path=str(path),
                 kind="video",
                 latents=False,
-                num_frames=len(packets),
+                num_frames=count,
                 height=context.height,
                 width=context.width,
                 fps=float(stream.average_rate) if stream.average_rate else None,
