@@ -1,5 +1,6 @@
 """`videopipe compare REF CAND`: the command line over `videopipe.quality`."""
 
+import html
 import itertools
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import msgspec
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from videopipe.files import replacing
@@ -179,7 +181,7 @@ def _run_folders(ref: Path, cand: Path, job: _Job, console: Console, errors: Con
 
     result = compare_folders(ref, cand, pair)
     for problem in result.problems.values():
-        errors.print(f"[red]error:[/red] {problem}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
     if job.json is not None:
         data = result.as_json()
         data["clips"] = {stem: outcome.as_json() for stem, outcome in outcomes.items()}
@@ -198,7 +200,7 @@ def _run_folders(ref: Path, cand: Path, job: _Job, console: Console, errors: Con
 def _run_steps(ref: Path, cand: Path, job: _Job, console: Console) -> int:
     found = trace(ref, cand, tolerance=job.tolerance, trim="length" in job.align)
     for line in found.lines():
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     if job.json is not None:
         _write_json(job.json, {"trace": _trace_json(found)})
     return 1 if job.expect == "identical" and found.first is not None else 0
@@ -303,9 +305,9 @@ def _print_outcome(console: Console, outcome: _Outcome, title: str | None = None
         console.print(f"noise floor of {outcome.floor.num_runs} runs: {exact}", highlight=False, soft_wrap=True)
         console.print(f"verdict: {outcome.judgement.verdict}", highlight=False)
         for reason in outcome.judgement.reasons:
-            console.print(f"  - {reason}", highlight=False, soft_wrap=True)
+            console.print(f"  - {reason}", highlight=False, markup=False, soft_wrap=True)
     for line in outcome.failed:
-        console.print(f"[red]failed:[/red] {line}", highlight=False, soft_wrap=True)
+        console.print(f"[red]failed:[/red] {escape(line)}", highlight=False, soft_wrap=True)
 
 
 def _trace_json(found: Trace) -> dict[str, Any]:
@@ -330,13 +332,11 @@ def _write_json(path: Path, data: dict[str, Any]) -> None:
 
 def _write_index(path: Path, result: FolderComparison) -> None:
     """One line per clip, worst first, each with a link to its page beside this one."""
-    from html import escape
-
     rows = []
     for stem, comparison in sorted(result.clips.items(), key=lambda item: (item[1].identical, item[0])):
         psnr = comparison.series.get("psnr")
         cells = (
-            f'<a href="{escape(path.stem)}/{escape(stem)}.html">{escape(stem)}</a>',
+            f'<a href="{html.escape(path.stem)}/{html.escape(stem)}.html">{html.escape(stem)}</a>',
             "identical" if comparison.identical else f"first different frame {comparison.first_different_frame}",
             ""
             if psnr is None
@@ -344,7 +344,8 @@ def _write_index(path: Path, result: FolderComparison) -> None:
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     rows += [
-        f"<tr><td>{escape(stem)}</td><td colspan=2>{escape(why)}</td></tr>" for stem, why in result.problems.items()
+        f"<tr><td>{html.escape(stem)}</td><td colspan=2>{html.escape(why)}</td></tr>"
+        for stem, why in result.problems.items()
     ]
     style = "body{font:14px system-ui;margin:1.5rem}td{padding:.2rem .8rem;border-bottom:1px solid #ccc}"
     page = f'<!doctype html><meta charset="utf-8"><title>videopipe compare</title><style>{style}</style>'
@@ -400,7 +401,7 @@ def _parse_expect(text: str | None, reruns: list[Path]) -> Expectation | None:
 
 
 def _usage_error(errors: Console, message: str) -> NoReturn:
-    errors.print("[red]error:[/red]", message, highlight=False, markup=True, soft_wrap=True)
+    errors.print(f"[red]error:[/red] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(2)
 
 

@@ -216,6 +216,13 @@ def test_exit_codes(files, cand, options, code, words):
     assert words in " ".join(result.output.split())
 
 
+def test_names_with_brackets_are_printed_as_they_are(tmp_path):
+    result = run(tmp_path / "[red]a[/x].npy", tmp_path / "b.npy")
+    assert (result.exit_code, "[red]a[/x].npy: no such file" in " ".join(result.output.split())) == (2, True)
+    np.save(tmp_path / "[bold]b.npy", REF)
+    assert "[bold]b.npy" in run(tmp_path / "[bold]b.npy", tmp_path / "[bold]b.npy").output
+
+
 def test_a_candidate_is_judged_by_reruns(tmp_path):
     for name, frames in {
         "ref": noisy(REF, 3, 1),

@@ -79,6 +79,16 @@ def test_a_long_clip_is_thinned_out_but_keeps_what_matters(clips):
         write_page(clips / "long.html", comparison, a, b, max_frames=0)
 
 
+def test_latents_have_curves_but_no_pictures(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((1, 4, 3, 6, 8), np.float32))
+    np.save(tmp_path / "b.npy", np.ones((1, 4, 3, 6, 8), np.float32))
+    a, b = open_clip(tmp_path / "a.npy"), open_clip(tmp_path / "b.npy")
+    write_page(tmp_path / "page.html", compare_clips(a, b), a, b)
+    text = (tmp_path / "page.html").read_text()
+    assert text.count("<script>shot(") == 0
+    assert '"rel_l2":{"mean":1e999' in text  # against zeros
+
+
 def test_no_single_pixel_is_lost_where_the_heat_map_is_scaled_down():
     import av
 

@@ -81,8 +81,8 @@ def open_clip(path: Path | str, decoder: Decoder = "auto") -> Clip:
 
     Args:
         path: a video file, a folder of images, or an npy or safetensors file of frames or latents.
-        decoder: for video files. "auto" takes decord where it is installed, can read the file and would stream it (files
-            up to 64 MiB), else PyAV, which gives the same frames.
+        decoder: for video files. "auto" takes decord where it is installed and can read the file, up to 64 MiB, else
+            PyAV, which gives the same frames.
     Raises:
         ValueError: nothing there, empty, damaged, or not something that holds frames; the message names the path.
     """
