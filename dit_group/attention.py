@@ -1,5 +1,6 @@
 """Attention over a sharded sequence. How q, k, v travel (strategy) and what computes them (kernel) are two choices."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,7 +51,7 @@ class Layout:
 
 
 class SequenceParallel:
-    """One DiT member's place in the group; hooks and attention processors hold it.
+    """One rank's place in the DiT group; hooks and attention processors hold it. `member` is None for a helper.
 
     `lay_out` prepares a sequence once (it may look at a mask's values), `use` makes it the current one at no cost.
     """
@@ -59,17 +60,21 @@ class SequenceParallel:
         self,
         *,
         group: dist.ProcessGroup | None,
-        member: int,
+        member: int | None,
         members: int,
         num_heads: int,
         strategy: str = "ulysses",
         kernel: str = "sdpa",
         heads_per_chunk: int | None = None,
         balance: Balance = "heads",
+        rank: int = 0,
+        assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] | None = None,
     ) -> None:
         self.group = group
-        self.member = member
         self.members = members
+        self._member = member
+        self._rank = rank
+        self._assist_groups = assist_groups or {}
         self.num_heads = num_heads
         self._strategy = STRATEGIES[strategy]
         self._kernel = KERNELS[kernel]
@@ -77,11 +82,20 @@ class SequenceParallel:
         self._balance: Balance = balance
         self._current: Layout | None = None
 
-    def lay_out(self, num_video: int, num_text: int, text_mask: Tensor | None = None) -> Layout:
-        """Split a sequence of video and text tokens over the members.
+    @property
+    def member(self) -> int:
+        """This member's place among the DiT ranks."""
+        assert self._member is not None, "a helper owns no tokens"
+        return self._member
+
+    def lay_out(
+        self, num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
+    ) -> Layout:
+        """Split a sequence of video and text tokens over the members, and its heads over members and helpers.
 
         Args:
             text_mask: bool [B, num_text], False for padded tokens; None where all are valid.
+            helpers: VAE ranks that own no token and take their share of the heads; the key of one of `assist_groups`.
         """
         sequence = JointSequence.even(num_video, num_text, self.members)
         key_mask = None
@@ -89,9 +103,9 @@ class SequenceParallel:
             visible = text_mask.new_ones((text_mask.shape[0], num_video))
             key_mask = torch.cat([visible, text_mask], dim=1)[:, sequence.order()]
         attention = self._strategy(
-            group=self.group,
-            member=self.member,
-            token_counts=sequence.counts,
+            group=self._assist_groups[helpers] if helpers else self.group,
+            member=self._member if self._member is not None else self.members + helpers.index(self._rank),
+            token_counts=(*sequence.counts, *(0 for _ in helpers)),
             num_heads=self.num_heads,
             kernel=self._kernel,
             key_mask=key_mask,

@@ -22,6 +22,9 @@ class Denoiser(Protocol):
     def begin(self, request: VideoRequest, conditioning: Mapping[str, Tensor], noise: Tensor) -> Denoising:
         """Prepare a request; every DiT rank calls it with the same arguments."""
 
+    def take_help(self, helpers: tuple[int, ...]) -> None:
+        """From now on these VAE ranks take a share of the attention; empty for none."""
+
 
 class DitWorker:
     """Holds the requests under way on one DiT rank, and on the leader the latents that wait to be decoded."""
@@ -48,6 +51,7 @@ class DitWorker:
 
     def step(self, message: RunStep) -> None:
         """Run one step; on CUDA this returns when its kernels are queued."""
+        self._denoiser.take_help(message.helpers)
         self._runs[message.request].step(message.step)
 
     def finish(self, request: str) -> None:

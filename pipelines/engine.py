@@ -128,6 +128,7 @@ class _Record:
         self.denoised = now
         self.queue_wait_s = 0.0
         self.conditioning_bytes = 0
+        self.text_masks: tuple[bytes, ...] = ()
         self.conditioning_transfer = 0
         self.cancelled = False
         self.seconds: defaultdict[tuple[str, int], float] = defaultdict(float)  # by stage and rank
@@ -156,6 +157,7 @@ class Engine:
             config.policy,
             BoundedQueue(config.queue.capacity, config.queue.capacity_bytes),
             max_undelivered=config.queue.max_undelivered,
+            helper_sets=config.helper_sets,
         )
         self.trace = Trace({rank: self.role(rank) for rank in range(config.world_size)})
         self._server = server
@@ -415,6 +417,7 @@ class Engine:
             case wire.PromptEncoded():
                 record = self._records[message.request]
                 record.conditioning_bytes = message.nbytes
+                record.text_masks = message.text_masks
                 self._on(plan.Encoded(request=message.request))
             case wire.StepCompleted():
                 if message.step == 0:  # every DiT rank is past `begin`
@@ -535,15 +538,24 @@ class Engine:
                 noise = None if record.job.noise is None else _pack({"latents": record.job.noise})
                 for rank in command.ranks:
                     self._server.send(rank, begin, noise)
+                for rank in self._assistants:
+                    prepare = wire.PrepareAssist(request=record.job.request, text_masks=record.text_masks)
+                    self._server.send(rank, prepare)
                 self._note("stage", command.request, "denoise")
             case plan.Step():
+                run = wire.RunStep(request=command.request, step=command.step, helpers=command.helpers)
+                assist = wire.AssistStep(request=command.request, step=command.step, helpers=command.helpers)
                 for rank in command.ranks:
-                    self._server.send(rank, wire.RunStep(request=command.request, step=command.step))
+                    self._server.send(rank, run)
+                for rank in command.helpers:
+                    self._server.send(rank, assist)
             case plan.Finish():
                 for rank in command.ranks:
                     self._server.send(rank, wire.FinishDenoise(request=command.request))
+                for rank in self._assistants:
+                    self._server.send(rank, wire.AbandonRequest(request=command.request))
             case plan.Abandon():
-                for rank in command.ranks:
+                for rank in dict.fromkeys((*command.ranks, *self._assistants)):
                     self._server.send(rank, wire.AbandonRequest(request=command.request))
             case plan.HandOver():
                 assert record is not None
@@ -568,6 +580,11 @@ class Engine:
         self._server.send(command.rank, decode)
         self._note("stage", command.request, "decode")
 
+    @property
+    def _assistants(self) -> tuple[int, ...]:
+        """VAE ranks that may be lent to denoising steps."""
+        return self.topology.vae_ranks if self.config.helper_sets else ()
+
     def _next_transfer(self) -> int:
         self._transfer += 1
         return self._transfer
@@ -587,6 +604,9 @@ class Engine:
             step = self._scheduler.current_step
             if step is not None:
                 return faults.Doing("denoise", *step)
+        if rank in self._scheduler.current_helpers:
+            step = self._scheduler.current_step
+            return faults.Doing("assist", *step) if step is not None else faults.Doing("idle")
         if rank == self.topology.encoder_rank and self._scheduler.encoding is not None:
             return faults.Doing("encode", self._scheduler.encoding)
         return faults.Doing("idle")
@@ -618,6 +638,9 @@ def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
         "decode_ranks": list(topology.decode_ranks),
         "text_encoder_rank": topology.encoder_rank,
         "strategy": config.attention.strategy if len(topology.dit_ranks) > 1 else "none",
+        "heads_per_chunk": config.attention.heads_per_chunk,
+        "balance": config.attention.balance,
+        "co_processing": config.attention.co_processing,
         "text": "trimmed" if config.text_trimmed else "padded",
         "queue_capacity": config.queue.capacity,
     }

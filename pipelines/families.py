@@ -1,7 +1,7 @@
 """What a model family must offer, and the table of families. Adding a model is one file and one line here."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -50,6 +50,22 @@ class TextEncoder(Protocol):
     def encode(self, request: VideoRequest, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Conditioning by name, on the host; what the caller gave is not encoded again."""
 
+    def text_masks(self, conditioning: Mapping[str, Tensor]) -> list[bytes]:
+        """0 and 1 for each text token, for each evaluation of the DiT in a step."""
+
+
+class Assistant(Protocol):
+    """A VAE rank's help in denoising steps; see `dit_group.assist.Assistant`."""
+
+    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:
+        """Steps of this request may want help; masks as `TextEncoder.text_masks` gave them."""
+
+    def step(self, request: str, helpers: tuple[int, ...]) -> None:
+        """Take part in one step."""
+
+    def forget(self, request: str) -> None:
+        """No step of this request will come any more."""
+
 
 class Family(Protocol):
     """A model family: how its parts are described, loaded and joined."""
@@ -74,6 +90,9 @@ class Family(Protocol):
 
     def load_denoiser(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Denoiser:
         """Load the DiT onto the rank's device, sharded over the DiT group."""
+
+    def load_assistant(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Assistant:
+        """Prepare to help the DiT group; there are no weights to load."""
 
     def load_decoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Decoder:
         """Load the VAE onto the rank's device."""

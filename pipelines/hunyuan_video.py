@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint, CheckpointError
-from pipelines.families import ModelFacts, PublishedModel, TextEncoder
+from pipelines.families import Assistant, ModelFacts, PublishedModel, TextEncoder
 from pipelines.pipeline import VideoPipeline
 from vae_group.worker import Decoder
 from videopipe.config import Config
@@ -111,6 +111,12 @@ class HunyuanVideo:
         from pipelines.hunyuan_video_parts import HunyuanVideoDenoiser
 
         return HunyuanVideoDenoiser(checkpoint, config, runtime)
+
+    def load_assistant(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Assistant:
+        """This rank's share of the heads, when it is lent to the DiT group."""
+        from pipelines.hunyuan_video_parts import HunyuanVideoAssistant
+
+        return HunyuanVideoAssistant(self.facts(checkpoint), config, runtime)
 
     def load_decoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Decoder:
         """The VAE."""

@@ -4,8 +4,8 @@ Source: HunyuanVideo (arXiv 2412.03603) as implemented by diffusers' `HunyuanVid
 same, divided between the ranks that own each part.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -25,10 +25,12 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel, PreTrainedTokenizerFast
 
+from dit_group.assist import Assistant
 from dit_group.attention import Layout, SequenceParallel
 from dit_group.denoise import Denoising
 from dit_group.plan import Gather, Shard, apply_plan
 from pipelines.checkpoint import Checkpoint, CheckpointError
+from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import latent_geometry
 from vae_group.decode import to_frames
 from videopipe.config import Config
@@ -90,6 +92,11 @@ class HunyuanVideoTextEncoder:
         if has_second_branch(request):
             tensors |= self._encode(request.negative_prompt or "", request.max_sequence_length, given, "negative_")
         return {name: tensor.to("cpu").contiguous() for name, tensor in tensors.items()}
+
+    def text_masks(self, conditioning: Mapping[str, Tensor]) -> list[bytes]:
+        """0 and 1 for each text token of the prompt, and of the negative prompt where there is one."""
+        names = [prefix + "prompt_attention_mask" for prefix in ("", "negative_")]
+        return [bytes(conditioning[name][0].bool().tolist()) for name in names if name in conditioning]
 
     def _encode(self, prompt: str, length: int, given: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         names = [prefix + name for name in ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")]
@@ -199,17 +206,11 @@ class HunyuanVideoDenoiser:
         self._trimmed = config.text_trimmed
         members = len(runtime.dit_ranks)
         self._parallel: SequenceParallel | None = None
-        if members > 1 or self._trimmed or config.model.attention_kernel != "sdpa":
-            self._parallel = SequenceParallel(
-                group=runtime.exchange_group,
-                member=runtime.dit_member,
-                members=members,
-                num_heads=self.transformer.config.num_attention_heads,
-                strategy=config.attention.strategy,
-                kernel=config.model.attention_kernel,
-                heads_per_chunk=config.attention.fixed_heads_per_chunk,
-                balance=config.attention.balance,
-            )
+        self._helpers: tuple[int, ...] = ()
+        own_attention = members > 1 or self._trimmed or config.model.attention_kernel != "sdpa"
+        if own_attention or config.helper_sets:
+            num_heads = self.transformer.config.num_attention_heads
+            self._parallel = sequence_parallel(config, runtime, num_heads)
             parallelize(self.transformer, self._parallel)
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:
@@ -226,13 +227,13 @@ class HunyuanVideoDenoiser:
         dtype = self.transformer.dtype
         guidance = torch.tensor([request.guidance_scale], dtype=dtype, device=self._device) * 1000.0
         num_video = self._geometry.token_grid(request.spec).video
-        branches = [self._branch(conditioning, prefix, num_video) for prefix in branch_prefixes(request)]
+        branches = [self._branch(conditioning, prefix) for prefix in branch_prefixes(request)]
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             predictions = []
             for branch in branches:
-                if self._parallel is not None and branch.layout is not None:
-                    self._parallel.use(branch.layout)
+                if self._parallel is not None:
+                    self._parallel.use(branch.layout(self._parallel, num_video, self._helpers))
                 predictions.append(
                     self.transformer(
                         hidden_states=latents.to(dtype),
@@ -254,32 +255,93 @@ class HunyuanVideoDenoiser:
 
         return Denoising(predict, advance, noise, scheduler.timesteps)
 
-    def _branch(self, conditioning: Mapping[str, Tensor], prefix: str, num_video: int) -> "_Branch":
+    def take_help(self, helpers: tuple[int, ...]) -> None:
+        """From the next step on these VAE ranks take a share of the attention."""
+        self._helpers = helpers
+
+    def _branch(self, conditioning: Mapping[str, Tensor], prefix: str) -> "_Branch":
         dtype = self.transformer.dtype
         embeds = conditioning[prefix + "prompt_embeds"].to(dtype)
         mask = conditioning[prefix + "prompt_attention_mask"]
-        layout = None
         if self._parallel is not None:
-            members = self._parallel.members
-            if self._trimmed:
-                # each member needs one text token: diffusers' single-stream blocks cut them off with [:-length]
-                keep = max(int(mask.sum(dim=1).max()), members)
-                embeds, mask = embeds[:, :keep], mask[:, :keep]
-            missing = members - embeds.shape[1]
-            if missing > 0:
-                embeds, mask = F.pad(embeds, (0, 0, 0, missing)), F.pad(mask, (0, missing))
-            layout = self._parallel.lay_out(num_video, embeds.shape[1], mask.bool())
-        return _Branch(embeds, mask.to(dtype), conditioning[prefix + "pooled_prompt_embeds"].to(dtype), layout)
+            mask = kept_text(mask, self._parallel.members, self._trimmed)
+            embeds = F.pad(embeds, (0, 0, 0, max(mask.shape[1] - embeds.shape[1], 0)))[:, : mask.shape[1]]
+        return _Branch(embeds, mask.to(dtype), conditioning[prefix + "pooled_prompt_embeds"].to(dtype))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Branch:
-    """The text conditioning of one evaluation of the DiT, and how its tokens lie over the members."""
+    """The text conditioning of one evaluation of the DiT, and how its tokens lie over members and helpers."""
 
     embeds: Tensor
     mask: Tensor
     pooled: Tensor
-    layout: Layout | None
+    layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict)
+
+    def layout(self, parallel: SequenceParallel, num_video: int, helpers: tuple[int, ...]) -> Layout:
+        """Laid out once for each set of helpers."""
+        if helpers not in self.layouts:
+            self.layouts[helpers] = parallel.lay_out(num_video, self.mask.shape[1], self.mask.bool(), helpers)
+        return self.layouts[helpers]
+
+
+def kept_text(mask: Tensor, members: int, trimmed: bool) -> Tensor:
+    """The mask [1, L'] of the text tokens that take part, from that of all text tokens [1, L].
+
+    Trimming keeps those up to the last valid one. Each member gets at least one, padded if need be, since diffusers'
+    single-stream blocks cut their text off with `[:-length]`.
+    """
+    if trimmed:
+        valid = mask[0].nonzero()
+        mask = mask[:, : max(int(valid[-1]) + 1 if len(valid) else 0, members)]
+    return F.pad(mask, (0, max(members - mask.shape[1], 0)))
+
+
+def sequence_parallel(config: Config, runtime: Runtime, num_heads: int) -> SequenceParallel:
+    """This rank's place in the DiT group, or beside it as a helper."""
+    return SequenceParallel(
+        group=runtime.exchange_group,
+        member=runtime.dit_member,
+        members=len(runtime.dit_ranks),
+        num_heads=num_heads,
+        strategy=config.attention.strategy,
+        kernel=config.model.attention_kernel,
+        heads_per_chunk=config.attention.fixed_heads_per_chunk,
+        balance=config.attention.balance,
+        rank=runtime.rank,
+        assist_groups=runtime.assist_groups,
+    )
+
+
+class HunyuanVideoAssistant:
+    """A VAE rank's help in denoising steps."""
+
+    def __init__(self, facts: ModelFacts, config: Config, runtime: Runtime) -> None:
+        self._geometry = facts.geometry
+        self._members = len(runtime.dit_ranks)
+        self._trimmed = config.text_trimmed
+        self._device = runtime.device
+        self._assistant = Assistant(
+            sequence_parallel(config, runtime, facts.num_heads),
+            attention_layers=facts.attention_layers,
+            head_dim=facts.head_dim,
+            dtype=DTYPES[config.model.dtype],
+            device=runtime.device,
+        )
+
+    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:
+        """Sizes of a request, laid out as the DiT ranks do."""
+        masks = [torch.tensor([list(mask)], dtype=torch.bool, device=self._device) for mask in text_masks]
+        kept = [kept_text(mask, self._members, self._trimmed) for mask in masks]
+        self._assistant.prepare(request.id, self._geometry.token_grid(request.spec).video, kept)
+
+    def step(self, request: str, helpers: tuple[int, ...]) -> None:
+        """Take part in one step."""
+        self._assistant.step(request, helpers)
+
+    def forget(self, request: str) -> None:
+        """No step of this request will come any more."""
+        self._assistant.forget(request)
 
 
 def branch_prefixes(request: VideoRequest) -> tuple[str, ...]:

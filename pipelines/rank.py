@@ -20,12 +20,13 @@ from transformers.utils import logging as transformers_logging
 
 from dit_group.worker import DitWorker
 from pipelines.checkpoint import Checkpoint
-from pipelines.families import TextEncoder, load_family
+from pipelines.families import Assistant, TextEncoder, load_family
 from pipelines.launch import RankSpec
 from vae_group.worker import VaeWorker
 from videopipe.control import ControlClient
 from videopipe.messages import (
     AbandonRequest,
+    AssistStep,
     BeginDenoise,
     DecodeLatents,
     EncodePrompt,
@@ -37,6 +38,7 @@ from videopipe.messages import (
     LatentsReady,
     LoadParts,
     PartsLoaded,
+    PrepareAssist,
     PromptEncoded,
     RankFailed,
     Release,
@@ -119,6 +121,7 @@ def _join(spec: RankSpec, device: torch.device) -> Runtime:
         dit_ranks=tuple(range(spec.config.groups.dit_ranks)),
         device=device,
         store=store,
+        helper_sets=spec.config.helper_sets,
         timeout_s=2 * spec.config.faults.hang_timeout_s + 60,
     )
 
@@ -135,6 +138,7 @@ class _Rank:
         self._encoder: TextEncoder | None = None
         self._dit: DitWorker | None = None
         self._vae: VaeWorker | None = None
+        self._assistant: Assistant | None = None
         self._conditioning_transfers: dict[str, int] = {}
         self._in_flight: deque[tuple[torch.cuda.Event, FromRank]] = deque()  # reports that wait for the device
 
@@ -181,8 +185,8 @@ class _Rank:
                 self.report(PartsLoaded(weight_bytes=weights))
             case EncodePrompt():
                 with self._recorder.span("encode", request=message.request.id):
-                    nbytes = self._encode(message, payload)
-                self.report(PromptEncoded(request=message.request.id, nbytes=nbytes))
+                    encoded = self._encode(message, payload)
+                self.report(encoded)
             case BeginDenoise():
                 with self._recorder.span("begin", request=message.request.id):
                     self._dit_worker.begin(message, payload)
@@ -191,6 +195,13 @@ class _Rank:
                     self._dit_worker.step(message)
                 if self._runtime.is_leader:
                     self._report_when_done(StepCompleted(request=message.request, step=message.step))
+            case PrepareAssist():
+                assert self._assistant is not None, "this rank cannot assist"
+                self._assistant.prepare(message.request, message.text_masks)
+            case AssistStep():
+                assert self._assistant is not None, "this rank cannot assist"
+                with self._recorder.span("assist", request=message.request, step=message.step):
+                    self._assistant.step(message.request, message.helpers)
             case FinishDenoise():
                 with self._recorder.span("finish", request=message.request):
                     self._dit_worker.finish(message.request)
@@ -203,6 +214,9 @@ class _Rank:
             case AbandonRequest():
                 if self._dit is not None:
                     self._dit.abandon(message.request)
+                if self._assistant is not None:
+                    self._assistant.forget(message.request)
+                    self.report(StateFreed(request=message.request))
                 self._release_conditioning(message.request)
             case SendLatents():
                 self._dit_worker.send(message)
@@ -237,10 +251,12 @@ class _Rank:
             decoder = family.load_decoder(checkpoint, config, self._runtime)
             self._vae = VaeWorker(self._link, decoder, self._recorder, Path(self._spec.run_directory), self.report)
             sizes["decoder"] = _weight_bytes(decoder)
+        if config.helper_sets and not message.denoiser:
+            self._assistant = family.load_assistant(checkpoint, config, self._runtime)
         synchronize(self._runtime.device)
         return sizes
 
-    def _encode(self, message: EncodePrompt, payload: bytes | None) -> int:
+    def _encode(self, message: EncodePrompt, payload: bytes | None) -> PromptEncoded:
         assert self._encoder is not None, "this rank has no text encoder"
         given = {} if payload is None else safetensors.torch.load(payload)
         conditioning = self._encoder.encode(message.request, given)
@@ -248,7 +264,8 @@ class _Rank:
         for rank in message.dit_ranks:
             self._link.send(packed, rank, message.transfer)
         self._conditioning_transfers[message.request.id] = message.transfer
-        return packed.numel()
+        masks = tuple(self._encoder.text_masks(conditioning))
+        return PromptEncoded(request=message.request.id, nbytes=packed.numel(), text_masks=masks)
 
     def _release_conditioning(self, request: str) -> None:
         transfer = self._conditioning_transfers.pop(request, None)

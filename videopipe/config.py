@@ -16,6 +16,7 @@ import msgspec
 
 from videopipe.geometry import VideoSpec
 from videopipe.records import OutputFormat
+from videopipe.scheduler import helper_sets
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -59,11 +60,13 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `heads_per_chunk`: so many heads of each rank travel while others compute (PipeSP); `all` is the plain path.
     `balance`: `heads` gives whole heads to ranks; `rows` divides those left over by query rows, so that 24 heads load
     5 or 7 ranks equally.
+    `co_processing`: VAE ranks that have nothing to decode take a share of the DiT group's attention (PipeDiT's Aco).
     """
 
     strategy: Literal["ulysses"] = "ulysses"
     heads_per_chunk: int | Literal["all"] = "all"
     balance: Literal["heads", "rows"] = "heads"
+    co_processing: Literal["on", "off"] = "off"
     text: Literal["auto", "trimmed", "padded"] = "auto"
 
     @property
@@ -160,6 +163,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return self.schedule.policy
 
     @property
+    def helper_sets(self) -> tuple[tuple[int, ...], ...]:
+        """Sets of VAE ranks that may be lent to a denoising step."""
+        if self.attention.co_processing == "off":
+            return ()
+        return helper_sets(range(self.groups.dit_ranks, self.world_size))
+
+    @property
     def text_trimmed(self) -> bool:
         """Whether padded text tokens are dropped before the DiT."""
         if self.attention.text == "auto":
@@ -246,6 +256,8 @@ def check_config(config: Config) -> None:
             f"groups.vae_ranks={g.vae_ranks} would idle: schedule.policy='colocated' decodes on the DiT ranks, "
             "nearest is 0"
         )
+    if config.attention.co_processing == "on" and g.vae_ranks == 0:
+        raise ConfigError("attention.co_processing='on' needs a VAE group but groups.vae_ranks=0, nearest is 'off'")
     if g.text_encoder == "vae" and g.vae_ranks == 0:
         raise ConfigError("groups.text_encoder='vae' needs a VAE group but groups.vae_ranks=0, nearest is 'dit'")
 

@@ -36,10 +36,26 @@ class BeginDenoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class RunStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Run one denoising step."""
+    """Run one denoising step; `helpers` take a share of its attention."""
 
     request: str
     step: int
+    helpers: tuple[int, ...] = ()
+
+
+class PrepareAssist(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a VAE rank: steps of this request may want its help. `text_masks`: 0 and 1 for each text token, by branch."""
+
+    request: VideoRequest
+    text_masks: tuple[bytes, ...]
+
+
+class AssistStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To a VAE rank that is lent: take part in the attention of one denoising step."""
+
+    request: str
+    step: int
+    helpers: tuple[int, ...]
 
 
 class FinishDenoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -94,6 +110,8 @@ ToRank = (
     | EncodePrompt
     | BeginDenoise
     | RunStep
+    | PrepareAssist
+    | AssistStep
     | FinishDenoise
     | AbandonRequest
     | SendLatents
@@ -121,10 +139,14 @@ class PartsLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class PromptEncoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The conditioning is ready; so many bytes will be sent to each DiT rank."""
+    """The conditioning is ready; so many bytes will be sent to each DiT rank.
+
+    `text_masks` as in `PrepareAssist`.
+    """
 
     request: str
     nbytes: int
+    text_masks: tuple[bytes, ...] = ()
 
 
 class StepCompleted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -141,7 +163,7 @@ class LatentsReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StateFreed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A DiT rank other than the leader has finished a request; brings its last spans."""
+    """A DiT rank other than the leader, or a helper, has finished with a request; brings its last spans."""
 
     request: str
 

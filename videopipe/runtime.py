@@ -2,7 +2,8 @@
 
 import datetime
 import resource
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,8 @@ class Runtime:
     """One rank of a run.
 
     `exchange_group` joins the DiT ranks and carries activations on their devices (NCCL, or gloo on CPU); None with
-    one DiT rank or on other ranks. `peers` joins all ranks and carries conditioning and latents in host memory over
+    one DiT rank or on other ranks. `assist_groups` join the DiT ranks with each set of VAE ranks that may be lent to
+    them (attention co-processing). `peers` joins all ranks and carries conditioning and latents in host memory over
     gloo: they are small, and a transfer that waits for its receiver never holds a GPU stream.
     """
 
@@ -27,6 +29,7 @@ class Runtime:
     dit_ranks: tuple[int, ...]
     exchange_group: dist.ProcessGroup | None = None
     peers: dist.ProcessGroup | None = None
+    assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
 
     @property
     def dit_member(self) -> int | None:
@@ -46,12 +49,14 @@ def start_runtime(
     dit_ranks: tuple[int, ...],
     device: torch.device,
     store: Store | None,
+    helper_sets: Sequence[tuple[int, ...]] = (),
     timeout_s: float = 1800.0,
 ) -> Runtime:
     """Join the process groups of a run. Collective over all ranks; with one rank there is nothing to join.
 
     Args:
         store: rendezvous of all ranks; None only where world_size is 1.
+        helper_sets: sets of VAE ranks that may be lent to the DiT group.
         timeout_s: when a collective gives up by itself; the engine's own fault detection is much faster.
     """
     if device.type == "cuda":
@@ -65,6 +70,12 @@ def start_runtime(
     # every rank makes every group in the same order; a lazy build inside a step could deadlock
     exchange_group = dist.new_group(list(dit_ranks), timeout=timeout, backend=backend) if len(dit_ranks) > 1 else None
     peers = dist.new_group(list(range(world_size)), timeout=timeout, backend="gloo")
+    assist_groups = {}
+    for helpers in helper_sets:
+        members = (*dit_ranks, *helpers)
+        group = dist.new_group(list(members), timeout=timeout, backend=backend)
+        if rank in members:
+            assist_groups[helpers] = group
     if rank not in dit_ranks:
         exchange_group = None
     if exchange_group is not None:
@@ -76,6 +87,7 @@ def start_runtime(
         dit_ranks=dit_ranks,
         exchange_group=exchange_group,
         peers=peers,
+        assist_groups=assist_groups,
     )
 
 

@@ -9,6 +9,7 @@ Source: the roles and the protocol follow PipeDiT (arXiv 2511.12056), DeDiVAE, w
 
 from collections import deque
 from collections.abc import Sequence
+from itertools import combinations
 
 import msgspec
 
@@ -91,11 +92,12 @@ class Begin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
-    """The DiT ranks run one denoising step."""
+    """The DiT ranks run one denoising step; `helpers` are idle VAE ranks that take a share of its attention."""
 
     request: str
     step: int
     ranks: tuple[int, ...]
+    helpers: tuple[int, ...] = ()
 
 
 class Finish(msgspec.Struct, frozen=True, kw_only=True):
@@ -151,6 +153,17 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
         return self.vae_ranks or self.dit_ranks
 
 
+def helper_sets(vae_ranks: Sequence[int], limit: int = 4) -> tuple[tuple[int, ...], ...]:
+    """Sets of VAE ranks that can be lent together; each needs a communicator with the DiT group.
+
+    All non-empty subsets of up to `limit` ranks; of more, single ranks and those that begin at the first one.
+    """
+    ranks = tuple(vae_ranks)
+    if len(ranks) <= limit:
+        return tuple(c for size in range(1, len(ranks) + 1) for c in combinations(ranks, size))
+    return (*((rank,) for rank in ranks), *(ranks[:size] for size in range(2, len(ranks) + 1)))
+
+
 class _Denoising:
     """Progress of one request in the DiT group."""
 
@@ -164,7 +177,17 @@ class _Denoising:
 
 
 class Scheduler:
-    """See the module. `steps_ahead` counts steps that ranks may hold beyond the one they execute."""
+    """See the module.
+
+    Args:
+        encode_ahead: requests that may be encoded before the DiT group takes them.
+        steps_ahead: steps that ranks may hold beyond the one they execute.
+        max_undelivered: finished clips in host memory, those being decoded included.
+        helper_sets: sets of VAE ranks that may be lent to a denoising step together (attention co-processing); empty
+            to lend none. The largest one that is idle is lent. Only the sequencer creates work for a VAE rank, so one
+            that is idle when a step is issued stays idle until the step: no handshake is needed, and since each rank
+            obeys in order, a decode that is issued later waits for the end of the steps that the rank was lent to.
+    """
 
     def __init__(
         self,
@@ -175,18 +198,22 @@ class Scheduler:
         encode_ahead: int = 2,
         steps_ahead: int = 1,
         max_undelivered: int = 4,
+        helper_sets: Sequence[tuple[int, ...]] = (),
     ) -> None:
+        assert all(set(helpers) <= set(topology.vae_ranks) for helpers in helper_sets), (topology, helper_sets)
         self.topology = topology
         self.policy: Policy = POLICIES[policy] if isinstance(policy, str) else policy
         self.queue = queue
         self.max_undelivered = max(max_undelivered, len(topology.decode_ranks))
         self._encode_ahead = encode_ahead
         self._steps_in_flight = 1 + steps_ahead
+        self._helper_sets = sorted(helper_sets, key=lambda helpers: (-len(helpers), helpers))
         self._requests: dict[str, Submitted] = {}
         self._pending: deque[str] = deque()  # not yet encoded
         self._encoding: deque[str] = deque()
         self._encoded: deque[str] = deque()
         self._active: deque[_Denoising] = deque()  # in the DiT group, oldest first; at most one still issues steps
+        self._lent: deque[tuple[int, ...]] = deque()  # helpers of each step issued and not done
         self._blocked: _Denoising | None = None  # denoised, but the queue has no room: `put` waits
         self._decoding: dict[int, str] = {}  # rank -> request: the credits that are out
         self._undelivered: set[str] = set()
@@ -232,6 +259,11 @@ class Scheduler:
                 return run.request, run.done
         return None
 
+    @property
+    def current_helpers(self) -> tuple[int, ...]:
+        """The VAE ranks that are lent to the current step."""
+        return self._lent[0] if self._lent else ()
+
     def decoding_on(self, rank: int) -> str | None:
         """The request that `rank` decodes."""
         return self._decoding.get(rank)
@@ -270,6 +302,7 @@ class Scheduler:
                 run = next(run for run in self._active if run.done < run.num_steps)
                 assert (run.request, run.done) == (event.request, event.step), (event, run.request, run.done)
                 run.done += 1
+                self._lent.popleft()
                 if event.request in self._cancelled and run.done == run.issued and not run.finishing:
                     self._active.remove(run)
                     self._forget(event.request)
@@ -404,10 +437,20 @@ class Scheduler:
             while run.issued < run.num_steps:
                 if sum(r.issued - r.done for r in self._active) >= self._steps_in_flight:
                     return
-                commands.append(Step(request=run.request, step=run.issued, ranks=ranks))
+                self._lent.append(self._helpers())
+                commands.append(Step(request=run.request, step=run.issued, ranks=ranks, helpers=self._lent[-1]))
                 run.issued += 1
             run.finishing = True
             commands.append(Finish(request=run.request, ranks=ranks))
+
+    def _helpers(self) -> tuple[int, ...]:
+        """The VAE ranks to lend to the next step: idle ones, while no latent waits for them."""
+        if self.queue.waiting or self._blocked is not None:
+            return ()
+        busy = set(self._decoding)
+        if self._encoding:
+            busy.add(self.topology.encoder_rank)
+        return next((helpers for helpers in self._helper_sets if not busy & set(helpers)), ())
 
     def _may_begin(self) -> bool:
         """A request may enter the DiT group when no earlier one could be stopped by a full queue."""
