@@ -277,7 +277,9 @@ def _hash_notes(ref: Path, cand: Path) -> list[str]:
     left, right = ((read_side_car(clip) or {}).get("frames_sha256") for clip in (ref, cand))
     if left is None or right is None:
         return []
-    return [f"before encoding, all frames were {'equal' if left == right else 'not equal'} (side-cars, frames_sha256)"]
+    return [
+        f"before encoding the clips were {'equal' if left == right else 'not equal'} (frames_sha256 of the side-cars)"
+    ]
 
 
 def _judge(

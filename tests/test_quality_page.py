@@ -55,9 +55,27 @@ def test_parameters_that_differ_come_first(clips):
     rows = page_data(compare_clips(ref, cand), ref, cand)["parameters"]
     assert [row[0] for row in rows if row[1] != row[2]] == ["request.id", "config.attention.strategy"]
     assert [row[0] for row in rows[:2]] == ["request.id", "config.attention.strategy"]
-    assert ("config.attention.chunks", "[1,2]", "[1,2]") in rows
-    assert parameter_rows({"a": 1}, None) == [("a", "1", None)]
+    assert ("config.attention.chunks", "[1,2]", "[1,2]", False) in rows
+    assert parameter_rows({"a": 1}, None) == [("a", "1", None, False)]
     assert parameter_rows(None, None) == []
+
+
+def test_what_was_measured_comes_last_and_stages_go_by_name():
+    times = [("encode", 0, 1.0), ("denoise", 0, 2.0), ("denoise", 0, 3.0)]
+    sides = [
+        {
+            "total_s": 1.0 + i,
+            "stages": [dict(zip(("stage", "rank", "seconds"), t, strict=True)) for t in order],
+            "seed": 1,
+        }
+        for i, order in enumerate((times, times[::-1]))
+    ]
+    assert parameter_rows(*sides) == [
+        ("seed", "1", "1", False),
+        ("total_s", "1.0", "2.0", True),
+        ("stages.denoise, rank 0 [s]", "5.0", "5.0", True),
+        ("stages.encode, rank 0 [s]", "1.0", "1.0", True),
+    ]
 
 
 def test_a_long_clip_is_thinned_out_but_keeps_what_matters(clips):

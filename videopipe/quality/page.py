@@ -15,6 +15,7 @@ from videopipe.quality.align import Align, paired_frames, resized, to_bytes
 from videopipe.quality.clips import Clip, read_side_car
 from videopipe.quality.compare import METRICS, Comparison, to_json
 
+_MEASURED = ("finished_at", "output", "peak_memory_bytes", "queue_wait_s", "stages", "total_s")  # keys of a side-car
 _LOSSLESS_PX = 256 * 256  # pictures up to this size are kept exactly
 
 
@@ -114,11 +115,32 @@ def shown_frames(comparison: Comparison, limit: int) -> list[int]:
     return sorted(set(chosen))
 
 
-def parameter_rows(ref: dict[str, Any] | None, cand: dict[str, Any] | None) -> list[tuple[str, str | None, str | None]]:
-    """(dotted key, REF's value, CAND's value) of two side-cars, those that differ first; None where a side has none."""
-    left, right = _flat(ref or {}), _flat(cand or {})
-    rows = [(key, left.get(key), right.get(key)) for key in dict.fromkeys([*left, *right])]
-    return sorted(rows, key=lambda row: row[1] == row[2])
+def parameter_rows(
+    ref: dict[str, Any] | None, cand: dict[str, Any] | None
+) -> list[tuple[str, str | None, str | None, bool]]:
+    """(dotted key, REF's value, CAND's value, measured) of two side-cars; None where a side has none.
+
+    What was asked for comes first, and of that what differs; then what was measured, such as seconds and memory, which
+    is never quite the same twice.
+    """
+    left, right = _flat(_stages_by_name(ref or {})), _flat(_stages_by_name(cand or {}))
+    keys = dict.fromkeys([*left, *right])
+    rows = [(key, left.get(key), right.get(key), key.split(".")[0].split("[")[0] in _MEASURED) for key in keys]
+    return sorted(rows, key=lambda row: (row[3], row[1] == row[2]))
+
+
+def _stages_by_name(side_car: dict[str, Any]) -> dict[str, Any]:
+    """The side-car with its list of stage times as seconds by stage and rank: the order of events varies."""
+    stages = side_car.get("stages")
+    if not isinstance(stages, list):
+        return side_car
+    seconds: dict[str, float] = {}
+    for entry in stages:
+        if not isinstance(entry, dict) or not isinstance(entry.get("seconds"), int | float):
+            return side_car
+        name = f"{entry.get('stage')}, rank {entry.get('rank')} [s]"
+        seconds[name] = seconds.get(name, 0.0) + entry["seconds"]
+    return {**side_car, "stages": dict(sorted(seconds.items()))}
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

@@ -27,7 +27,9 @@ def sparkline(values: Sequence[float], width: int = 40, *, higher_is_better: boo
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     if any(not math.isfinite(value) for value in worst):
         high += (high - low) / 7 or 1.0  # infinity is above every finite value
-    scale = 7 / (high - low) if high > low else 0.0
+    if high == low:
+        return (_BARS[7] if higher_is_better else _BARS[0]) * count
+    scale = 7 / (high - low)
     return "".join(_BARS[7 if not math.isfinite(value) else round((value - low) * scale)] for value in worst)
 
 
