@@ -55,6 +55,8 @@ def test_what_decord_cannot_read_goes_to_pyav(tmp_path):
     clip = open_clip(path)
     assert clip.info.decoder == "av"
     assert len(list(clip.frames())) == len(REF)
+    with pytest.raises(ValueError, match=r"decoder='decord' is not installed or cannot read .*a\.mp4, nearest is 'av'"):
+        open_clip(path, "decord")
 
 
 def test_files_that_decord_would_hold_in_memory_go_to_pyav(folder):

@@ -106,12 +106,18 @@ class VideoClip:
     """A video file, decoded with decord or PyAV."""
 
     def __init__(self, path: Path, decoder: Decoder = "auto", *, decord_bytes: int = DECORD_BYTES) -> None:
-        """Look at the container; with "auto", files above `decord_bytes` go to PyAV."""
+        """Look at the container; with "auto", files above `decord_bytes` go to PyAV.
+
+        Raises:
+            ValueError: not a readable video, or decord was asked for by name and cannot read it.
+        """
         self._path = path
-        self._decord_bytes = decord_bytes
         self.info = _probe(path)
         self._decoder: Literal["decord", "av"] = "av"
-        if decoder == "decord" or (decoder == "auto" and self._decord_can()):
+        if decoder == "decord" and not self._decord_can():
+            raise ValueError(f"decoder='decord' is not installed or cannot read {path}, nearest is 'av'")
+        streams = path.stat().st_size <= decord_bytes
+        if decoder == "decord" or (decoder == "auto" and streams and self._decord_can()):
             self._decoder = "decord"
         self.info = msgspec.structs.replace(self.info, decoder=self._decoder)
 
@@ -122,8 +128,7 @@ class VideoClip:
 
     def _decord_can(self) -> bool:
         """Whether decord is installed, opens the file and counts the same frames; it has no AV1 and gives 8 bits."""
-        too_large = self._path.stat().st_size > self._decord_bytes
-        if importlib.util.find_spec("decord") is None or self.info.bit_depth > 8 or too_large:
+        if importlib.util.find_spec("decord") is None or self.info.bit_depth > 8:
             return False
         import decord
 
