@@ -139,24 +139,25 @@ class JointAttentionProcessor:
             (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if dual_stream else (attn.to_q, attn.to_k, attn.to_v)
         )
         norm_text_q, norm_text_k = (attn.norm_added_q, attn.norm_added_k) if dual_stream else (attn.norm_q, attn.norm_k)
-        v = torch.cat([heads(attn.to_v(hidden_states)), heads(text_v(encoder_hidden_states))], dim=1)
-        k_video = _norm(attn.norm_k, heads(attn.to_k(hidden_states)))
-        k_text = _norm(norm_text_k, heads(text_k(encoder_hidden_states)))
-        q_video = _norm(attn.norm_q, heads(attn.to_q(hidden_states)))
-        q_text = _norm(norm_text_q, heads(text_q(encoder_hidden_states)))
-        if image_rotary_emb is not None:
-            k_video = apply_rotary_emb(k_video, image_rotary_emb, sequence_dim=1)
-            q_video = apply_rotary_emb(q_video, image_rotary_emb, sequence_dim=1)
-        q = torch.cat([q_video, q_text], dim=1)
-        k = torch.cat([k_video, k_text], dim=1)
-
-        out = self._parallel.attention(q, k, v).flatten(2, 3).to(q.dtype)
+        call = self._parallel.begin()
+        # v needs neither norm nor RoPE, so it leaves first and travels under the projections of k and q
+        call.value(torch.cat([heads(attn.to_v(hidden_states)), heads(text_v(encoder_hidden_states))], dim=1))
+        k_video = _rotate(_norm(attn.norm_k, heads(attn.to_k(hidden_states))), image_rotary_emb)
+        call.key(torch.cat([k_video, _norm(norm_text_k, heads(text_k(encoder_hidden_states)))], dim=1))
+        q_video = _rotate(_norm(attn.norm_q, heads(attn.to_q(hidden_states))), image_rotary_emb)
+        call.query(torch.cat([q_video, _norm(norm_text_q, heads(text_q(encoder_hidden_states)))], dim=1))
+        call.attend()
+        out = call.output().flatten(2, 3)
         video, text = out[:, :num_video], out[:, num_video:]
         if getattr(attn, "to_out", None) is not None:
             video = attn.to_out[1](attn.to_out[0](video))
         if getattr(attn, "to_add_out", None) is not None:
             text = attn.to_add_out(text)
         return video, text
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
 
 
 def _norm(norm: torch.nn.Module | None, x: Tensor) -> Tensor:
@@ -196,6 +197,8 @@ class HunyuanVideoDenoiser:
                 num_heads=self.transformer.config.num_attention_heads,
                 strategy=config.attention.strategy,
                 kernel=config.model.attention_kernel,
+                heads_per_chunk=config.attention.fixed_heads_per_chunk,
+                balance=config.attention.balance,
             )
             parallelize(self.transformer, self._parallel)
 

@@ -22,6 +22,7 @@ class ControlServer:
         self.socket.setsockopt(zmq.RCVHWM, 0)
         self.socket.bind(address)
         self.endpoint: str = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.ignored = 0  # messages under the token of the run that could not be read
         self._token = token
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Envelope)
@@ -40,7 +41,10 @@ class ControlServer:
         return True
 
     def receive(self) -> list[tuple[int, Envelope, bytes | None]]:
-        """All messages that have arrived, with the rank that sent them."""
+        """All messages that have arrived, with the rank that sent them.
+
+        Strangers are not listened to; malformed messages are counted in `ignored`.
+        """
         arrived: list[tuple[int, Envelope, bytes | None]] = []
         while True:
             try:
@@ -48,8 +52,17 @@ class ControlServer:
             except zmq.Again:
                 return arrived
             rank = _rank_of(parts[0], self._token)
-            if rank is not None and len(parts) in (2, 3):
-                arrived.append((rank, self._decoder.decode(parts[1]), parts[2] if len(parts) == 3 else None))
+            if rank is None:
+                continue
+            if len(parts) not in (2, 3):
+                self.ignored += 1
+                continue
+            try:
+                envelope = self._decoder.decode(parts[1])
+            except msgspec.DecodeError:
+                self.ignored += 1
+                continue
+            arrived.append((rank, envelope, parts[2] if len(parts) == 3 else None))
 
     def close(self) -> None:
         """Drop what is not sent yet and free the socket."""

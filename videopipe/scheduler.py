@@ -374,7 +374,8 @@ class Scheduler:
 
     def _hand_over(self, commands: list[Command]) -> bool:
         moved = False
-        for rank in self.topology.decode_ranks:
+        # the leader last: it obeys in order, so what it shall send must not wait behind a decode of its own
+        for rank in sorted(self.topology.decode_ranks, key=lambda rank: rank == self.topology.leader):
             if rank in self._decoding or not self.queue.waiting or not self.policy.may_decode(self):
                 continue
             if self.decoding + len(self._undelivered) >= self.max_undelivered:
