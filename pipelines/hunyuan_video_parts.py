@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -55,7 +53,6 @@ class HunyuanVideoTextEncoder:
     """Prompt to conditioning through diffusers' own `encode_prompt`."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
-        _quiet_loading()
         source, options = checkpoint.location, {"revision": checkpoint.revision}
         dtype = DTYPES[config.model.text_encoder_dtype or config.model.dtype]
         # PreTrainedTokenizerFast keeps the file's own pre-tokenizer, which transformers 5's LlamaTokenizer replaces
@@ -111,12 +108,6 @@ class HunyuanVideoTextEncoder:
             max_sequence_length=length,
         )
         return dict(zip(names, (embeds, pooled, mask), strict=True))
-
-
-def _quiet_loading() -> None:
-    """No progress bars from the libraries of this rank: they would run through those of the engine."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def has_second_branch(request: VideoRequest) -> bool:
@@ -270,7 +261,6 @@ class HunyuanVideoDenoiser:
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
         assert runtime.dit_member is not None, runtime.rank
-        _quiet_loading()
         source, options = checkpoint.location, {"revision": checkpoint.revision}
         self.transformer = HunyuanVideoTransformer3DModel.from_pretrained(
             source, subfolder="transformer", torch_dtype=DTYPES[config.model.dtype], **options
@@ -448,7 +438,6 @@ class HunyuanVideoDecoder:
     """The VAE of one rank."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
-        _quiet_loading()
         options: dict[str, Any] = {"revision": checkpoint.revision}
         self.vae = AutoencoderKLHunyuanVideo.from_pretrained(
             checkpoint.location,
