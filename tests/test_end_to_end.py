@@ -253,5 +253,3 @@ def test_a_closed_pipeline_leaves_no_process(tiny_checkpoint: Path, launcher: Lo
     assert not any(psutil.pid_exists(pid) for pid in pids)
     with pytest.raises(RuntimeError, match="closed"):
         pipe("a fox", **CALL)
-
-
