@@ -155,10 +155,7 @@ class Engine:
         self._rendezvous = rendezvous  # the store that process groups may look at until they end
         self.config = config
         self.facts = facts
-        dit = tuple(range(config.groups.dit_ranks))
-        vae = tuple(range(len(dit), config.world_size))
-        encoder = dit[0] if config.groups.text_encoder == "dit" else vae[0]
-        self.topology = plan.Topology(dit_ranks=dit, vae_ranks=vae, encoder_rank=encoder)
+        self.topology = make_topology(config)
         self._scheduler = plan.Scheduler(
             self.topology,
             config.policy,
@@ -619,6 +616,14 @@ class Engine:
 
 def _pack(tensors: Mapping[str, Tensor] | None) -> bytes | None:
     return None if tensors is None else safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()})
+
+
+def make_topology(config: Config) -> plan.Topology:
+    """Which ranks form which group: the DiT ranks come first."""
+    dit = tuple(range(config.groups.dit_ranks))
+    vae = tuple(range(len(dit), config.world_size))
+    encoder = dit[0] if config.groups.text_encoder == "dit" else vae[0]
+    return plan.Topology(dit_ranks=dit, vae_ranks=vae, encoder_rank=encoder)
 
 
 def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:

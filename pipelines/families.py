@@ -19,8 +19,8 @@ from videopipe.runtime import Runtime
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the checkpoint's config files alone tell, before any weight is read.
 
-    `attention_layers` self-attention layers that exchange q, k, v and the output; `branches` evaluations of the DiT
-    per step that a request may need (2 with true CFG).
+    `attention_layers` self-attention layers that exchange q, k, v and the output; `text_tokens` the longest prompt,
+    in tokens; `text_dim` and `pooled_dim` the widths of the conditioning, 0 where there is none.
     """
 
     family: str
@@ -29,6 +29,19 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     attention_layers: int
     text_tokens: int
+    text_dim: int = 0
+    pooled_dim: int = 0
+
+
+class PublishedModel(msgspec.Struct, frozen=True, kw_only=True):
+    """The published checkpoint of a family, so that a plan can be explained where it cannot be reached.
+
+    `parameters` counts by the checkpoint's folder.
+    """
+
+    location: str
+    facts: ModelFacts
+    parameters: dict[str, int]
 
 
 class TextEncoder(Protocol):
@@ -43,6 +56,8 @@ class Family(Protocol):
 
     name: str
     preload: tuple[str, ...]  # modules that every rank needs, imported once before ranks are forked
+    parts: Mapping[str, tuple[str, ...]]  # folders of the checkpoint that each part loads
+    published: PublishedModel
 
     def facts(self, checkpoint: Checkpoint) -> ModelFacts:
         """Sizes from the config files.

@@ -4,9 +4,12 @@ The parts that ranks load (diffusers and transformers) are in `pipelines.hunyuan
 configuration needs neither.
 """
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint, CheckpointError
-from pipelines.families import ModelFacts, TextEncoder
+from pipelines.families import ModelFacts, PublishedModel, TextEncoder
 from pipelines.pipeline import VideoPipeline
 from vae_group.worker import Decoder
 from videopipe.config import Config
@@ -38,6 +41,31 @@ class HunyuanVideo:
 
     name = "hunyuan-video"
     preload = ("pipelines.hunyuan_video_parts",)
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text_encoder": ("text_encoder", "text_encoder_2"),
+        "denoiser": ("transformer",),
+        "decoder": ("vae",),
+    }
+    # diffusers' and transformers' classes at the sizes of arXiv 2412.03603, Llama-3-8B and CLIP ViT-L/14
+    published = PublishedModel(
+        location="hunyuanvideo-community/HunyuanVideo",
+        facts=ModelFacts(
+            family=name,
+            geometry=LatentGeometry(channels=16, stride_t=4, stride_s=8, patch_t=1, patch_s=2),
+            num_heads=24,
+            head_dim=128,
+            attention_layers=60,
+            text_tokens=256,
+            text_dim=4096,
+            pooled_dim=768,
+        ),
+        parameters={
+            "text_encoder": 7_505_186_816,
+            "text_encoder_2": 123_060_480,
+            "transformer": 12_821_012_544,
+            "vae": 246_478_803,
+        },
+    )
 
     def facts(self, checkpoint: Checkpoint) -> ModelFacts:
         """Sizes from transformer/config.json and vae/config.json; absent keys have diffusers' defaults."""
@@ -63,6 +91,8 @@ class HunyuanVideo:
             head_dim=dit.get("attention_head_dim", 128),
             attention_layers=dit.get("num_layers", 20) + dit.get("num_single_layers", 40),
             text_tokens=256,
+            text_dim=dit.get("text_embed_dim", 4096),
+            pooled_dim=dit.get("pooled_projection_dim", 768),
         )
 
     def check_request(self, request: VideoRequest, facts: ModelFacts, where: str = "") -> None:

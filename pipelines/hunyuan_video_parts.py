@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -49,6 +51,7 @@ class HunyuanVideoTextEncoder:
     """Prompt to conditioning through diffusers' own `encode_prompt`."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
+        _quiet_loading()
         source, options = checkpoint.location, {"revision": checkpoint.revision}
         dtype = DTYPES[config.model.text_encoder_dtype or config.model.dtype]
         # PreTrainedTokenizerFast keeps the file's own pre-tokenizer, which transformers 5's LlamaTokenizer replaces
@@ -101,6 +104,12 @@ class HunyuanVideoTextEncoder:
         return dict(zip(names, (embeds, pooled, mask), strict=True))
 
 
+def _quiet_loading() -> None:
+    """No progress bars from the libraries of this rank: they would run through those of the engine."""
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def has_second_branch(request: VideoRequest) -> bool:
     """Whether each step evaluates the DiT for a negative prompt as well (diffusers' rule)."""
     return request.true_cfg_scale > 1 and request.negative_prompt is not None
@@ -139,24 +148,25 @@ class JointAttentionProcessor:
             (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if dual_stream else (attn.to_q, attn.to_k, attn.to_v)
         )
         norm_text_q, norm_text_k = (attn.norm_added_q, attn.norm_added_k) if dual_stream else (attn.norm_q, attn.norm_k)
-        v = torch.cat([heads(attn.to_v(hidden_states)), heads(text_v(encoder_hidden_states))], dim=1)
-        k_video = _norm(attn.norm_k, heads(attn.to_k(hidden_states)))
-        k_text = _norm(norm_text_k, heads(text_k(encoder_hidden_states)))
-        q_video = _norm(attn.norm_q, heads(attn.to_q(hidden_states)))
-        q_text = _norm(norm_text_q, heads(text_q(encoder_hidden_states)))
-        if image_rotary_emb is not None:
-            k_video = apply_rotary_emb(k_video, image_rotary_emb, sequence_dim=1)
-            q_video = apply_rotary_emb(q_video, image_rotary_emb, sequence_dim=1)
-        q = torch.cat([q_video, q_text], dim=1)
-        k = torch.cat([k_video, k_text], dim=1)
-
-        out = self._parallel.attention(q, k, v).flatten(2, 3).to(q.dtype)
+        call = self._parallel.begin()
+        # v needs neither norm nor RoPE, so it leaves first and travels under the projections of k and q
+        call.value(torch.cat([heads(attn.to_v(hidden_states)), heads(text_v(encoder_hidden_states))], dim=1))
+        k_video = _rotate(_norm(attn.norm_k, heads(attn.to_k(hidden_states))), image_rotary_emb)
+        call.key(torch.cat([k_video, _norm(norm_text_k, heads(text_k(encoder_hidden_states)))], dim=1))
+        q_video = _rotate(_norm(attn.norm_q, heads(attn.to_q(hidden_states))), image_rotary_emb)
+        call.query(torch.cat([q_video, _norm(norm_text_q, heads(text_q(encoder_hidden_states)))], dim=1))
+        call.attend()
+        out = call.output().flatten(2, 3)
         video, text = out[:, :num_video], out[:, num_video:]
         if getattr(attn, "to_out", None) is not None:
             video = attn.to_out[1](attn.to_out[0](video))
         if getattr(attn, "to_add_out", None) is not None:
             text = attn.to_add_out(text)
         return video, text
+
+
+def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
+    return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
 
 
 def _norm(norm: torch.nn.Module | None, x: Tensor) -> Tensor:
@@ -177,6 +187,7 @@ class HunyuanVideoDenoiser:
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
         assert runtime.dit_member is not None, runtime.rank
+        _quiet_loading()
         source, options = checkpoint.location, {"revision": checkpoint.revision}
         self.transformer = HunyuanVideoTransformer3DModel.from_pretrained(
             source, subfolder="transformer", torch_dtype=DTYPES[config.model.dtype], **options
@@ -196,6 +207,8 @@ class HunyuanVideoDenoiser:
                 num_heads=self.transformer.config.num_attention_heads,
                 strategy=config.attention.strategy,
                 kernel=config.model.attention_kernel,
+                heads_per_chunk=config.attention.fixed_heads_per_chunk,
+                balance=config.attention.balance,
             )
             parallelize(self.transformer, self._parallel)
 
@@ -278,6 +291,7 @@ class HunyuanVideoDecoder:
     """The VAE of one rank."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
+        _quiet_loading()
         options: dict[str, Any] = {"revision": checkpoint.revision}
         self.vae = AutoencoderKLHunyuanVideo.from_pretrained(
             checkpoint.location,

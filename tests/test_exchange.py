@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_group.attention import KERNELS, SequenceParallel, Ulysses, math, sdpa
+from dit_group.attention import SequenceParallel
+from dit_group.kernels import KERNELS, math, sdpa
+from dit_group.ulysses import Ulysses
 from tests.ranks import RanksError, leave, run_ranks
 from videopipe.exchange import Exchange, gather_tokens
 from videopipe.partition import JointSequence, Partition, offsets, split_evenly
@@ -131,7 +133,15 @@ def check_helpers(runtime: Runtime) -> None:
         for dtype in (torch.float32, torch.float64):
             q, k, v = (random((2, 19, heads, HEAD_DIM), seed, dtype) for seed in range(3))
             visible = torch.arange(19)[None] < torch.tensor([[19], [12]])
-            attention = Ulysses(Exchange(runtime.exchange_group, p, member), sdpa, visible)
+            attention = Ulysses(
+                group=runtime.exchange_group,
+                member=member,
+                token_counts=p.token_counts,
+                num_heads=heads,
+                kernel=sdpa,
+                key_mask=visible,
+                head_counts=p.head_counts,
+            )
             own = p.tokens_of(member)
             ours = attention(q[:, own], k[:, own], v[:, own])
             assert ours.shape[1] == (0 if member == members - 1 else p.token_counts[member])

@@ -16,9 +16,10 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit_group.attention import Layout, SequenceParallel
+from dit_group.attention import AttentionCall, Layout, SequenceParallel
 from dit_group.denoise import draw_noise
 from dit_group.plan import Shard, apply_plan
+from dit_group.ulysses import Ulysses
 from pipelines.checkpoint import Checkpoint
 from pipelines.hunyuan_video_parts import (
     PLAN,
@@ -107,12 +108,12 @@ def by_us(denoiser: HunyuanVideoDenoiser, case: Case, **changes: Any) -> Tensor:
     return run.latents
 
 
-def make_denoiser(path: str, runtime: Runtime, **settings: str) -> HunyuanVideoDenoiser:
+def make_denoiser(path: str, runtime: Runtime, **settings: Any) -> HunyuanVideoDenoiser:
     config = load_config(
         {
             "model": {"weights": path, "attention_kernel": settings.get("kernel", "sdpa")},
             "groups": {"dit_ranks": len(runtime.dit_ranks)},
-            "attention": {"text": settings.get("text", "auto")},
+            "attention": {key: settings[key] for key in ("text", "heads_per_chunk", "balance") if key in settings},
         }
     )
     return HunyuanVideoDenoiser(Checkpoint(path), config, runtime)
@@ -146,13 +147,22 @@ def expected(pipes: dict[int, HunyuanVideoPipeline]) -> dict[int, Arrays]:
 # -- several ranks
 
 
+WAYS: tuple[dict[str, Any], ...] = (
+    {"text": "trimmed"},
+    {"text": "padded"},
+    {"text": "padded", "heads_per_chunk": 1},
+    {"text": "trimmed", "heads_per_chunk": 2, "balance": "rows"},
+    {"text": "padded", "balance": "rows"},
+)
+
+
 def render_all(runtime: Runtime, path: str, expected: Arrays) -> dict[str, float]:
-    """How far every case is from diffusers, text trimmed and padded."""
+    """How far every case is from diffusers, with each way to move heads."""
     found = {}
-    for text in ("trimmed", "padded"):
-        denoiser = make_denoiser(path, runtime, text=text)
+    for settings in WAYS:
+        denoiser = make_denoiser(path, runtime, **settings)
         for name, case in CASES.items():
-            found[f"{name}, {text}"] = relative(by_us(denoiser, case), torch.from_numpy(expected[name]))
+            found[f"{name}, {settings}"] = relative(by_us(denoiser, case), torch.from_numpy(expected[name]))
     leave(runtime)
     return found
 
@@ -163,7 +173,7 @@ def test_sharded_model_equals_diffusers_in_one_process(
     checkpoints: dict[int, Path], expected: dict[int, Arrays], heads: int, world_size: int
 ) -> None:
     for found in run_ranks(render_all, world_size, str(checkpoints[heads]), expected[heads], timeout=120):
-        assert len(found) == 2 * len(CASES)
+        assert len(found) == len(WAYS) * len(CASES)
         assert max(found.values()) <= TOLERANCE, found
 
 
@@ -190,20 +200,23 @@ def mask_in_plain_order(denoiser: HunyuanVideoDenoiser, parallel: SequenceParall
     def unpermuted(num_video: int, num_text: int, text_mask: Tensor | None = None) -> Layout:
         layout = lay_out(num_video, num_text, text_mask)
         assert text_mask is not None
-        layout.attention._key_mask = torch.cat([text_mask.new_ones(1, num_video), text_mask], dim=1)
+        assert isinstance(layout.attention, Ulysses)
+        layout.attention.key_mask = torch.cat([text_mask.new_ones(1, num_video), text_mask], dim=1)
         return layout
 
     parallel.lay_out = unpermuted  # type: ignore[method-assign]
 
 
 def swapped_heads(denoiser: HunyuanVideoDenoiser, parallel: SequenceParallel) -> None:
-    attention = parallel.attention
+    begin = parallel.begin
 
-    def swapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        order = [1, 0, *range(2, k.shape[2])]
-        return attention(q, k[:, :, order], v)
+    def swapped() -> AttentionCall:
+        call = begin()
+        key = call.key
+        call.key = lambda k: key(k[:, :, [1, 0, *range(2, k.shape[2])]])  # type: ignore[method-assign]
+        return call
 
-    parallel.attention = swapped  # type: ignore[method-assign]
+    parallel.begin = swapped  # type: ignore[method-assign]
 
 
 def text_of_another_member(denoiser: HunyuanVideoDenoiser, parallel: SequenceParallel) -> None:

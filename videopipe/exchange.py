@@ -98,33 +98,49 @@ class Exchange:
         return PendingExchange(work, received, sent, shapes, dim)
 
 
-def gather_tokens(
+def start_gather_tokens(
     x: Tensor, token_counts: Sequence[int], group: dist.ProcessGroup | None, member: int, dim: int = 1
-) -> Tensor:
-    """All members' token shards, concatenated in member order on every member.
+) -> PendingExchange:
+    """Begin to make a sharded tensor whole on every member.
 
     Args:
         x: this member's shard; size `token_counts[member]` along `dim`.
         token_counts: tokens of each member; may differ, may be zero.
         group: None for one member.
     Returns:
-        The whole tensor, size sum(token_counts) along `dim`.
+        What will be the whole tensor, size sum(token_counts) along `dim`, shards in member order.
     """
     assert x.shape[dim] == token_counts[member], (x.shape, dim, token_counts, member)
+    shapes = [(*x.shape[:dim], count, *x.shape[dim + 1 :]) for count in token_counts]
+    if group is None:
+        return PendingExchange(None, x, x, shapes, dim)
+    # an all-to-all in which everybody gets the same: gloo rejects an uneven all_gather, and is slower at an even one
+    sent = x.reshape(-1).repeat(len(token_counts))
+    received = x.new_empty(sum(_numel(shape) for shape in shapes))
+    work = dist.all_to_all_single(
+        received,
+        sent,
+        output_split_sizes=[_numel(shape) for shape in shapes],
+        input_split_sizes=[x.numel()] * len(token_counts),
+        group=group,
+        async_op=True,
+    )
+    return PendingExchange(work, received, sent, shapes, dim)
+
+
+def gather_tokens(
+    x: Tensor, token_counts: Sequence[int], group: dist.ProcessGroup | None, member: int, dim: int = 1
+) -> Tensor:
+    """As `start_gather_tokens`, blocking; with one member the tensor itself."""
     if group is None:
         return x
-    largest = max(token_counts)
-    padded = x.new_zeros((*x.shape[:dim], largest, *x.shape[dim + 1 :]))  # equal sizes: gloo rejects uneven all_gather
-    padded.narrow(dim, 0, x.shape[dim]).copy_(x)
-    parts = [torch.empty_like(padded) for _ in token_counts]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat([part.narrow(dim, 0, count) for part, count in zip(parts, token_counts, strict=True)], dim=dim)
+    return start_gather_tokens(x, token_counts, group, member, dim).wait()
 
 
 def _concatenate(flat: Tensor, shapes: Sequence[Sequence[int]], dim: int) -> Tensor:
     """Blocks laid one after the other in `flat`, joined along `dim`."""
     if len(shapes) == 1:
-        return flat.view(*shapes[0])
+        return flat.reshape(*shapes[0])
     if dim == 1 and shapes[0][0] == 1:  # [1, s_0, n, D], [1, s_1, n, D], ... already lie as [1, S, n, D]
         return flat.view(1, sum(shape[1] for shape in shapes), *shapes[0][2:])
     blocks = flat.split([_numel(shape) for shape in shapes])

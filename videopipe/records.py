@@ -53,7 +53,7 @@ class VideoRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StageTime(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds that one rank spent in one stage of one request."""
+    """Seconds that one rank spent in one stage of one request; rank -1 is the caller's process, which writes files."""
 
     stage: str
     rank: int

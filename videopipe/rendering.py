@@ -1,5 +1,6 @@
 """A finished clip in the caller's hands: frames or latents, how it came about, and how to write it down."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,8 @@ from numpy.typing import NDArray
 
 from videopipe import media
 from videopipe.config import OutputConfig
-from videopipe.records import OutputFormat, SideCar
+from videopipe.records import OutputFormat, SideCar, StageTime
+from videopipe.trace import ENGINE_RANK
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +56,7 @@ class RenderResult(msgspec.Struct, frozen=True, kw_only=True):
     def _write(self, stem: Path, form: OutputFormat) -> Path:
         stem.parent.mkdir(parents=True, exist_ok=True)
         side_car = self.side_car
+        begin = time.monotonic()
         if form == "latent":
             if self.latents is None:
                 raise ValueError("format='latent' needs latents but this result holds frames, nearest is 'mp4'")
@@ -75,6 +78,8 @@ class RenderResult(msgspec.Struct, frozen=True, kw_only=True):
                 pixel_format=out.pixel_format,
             )
             hashes = {"frames_sha256": media.frames_hash(frames)}
-        complete = msgspec.structs.replace(side_car, output=path.name, format=form, **hashes)
+        write = StageTime(stage="write", rank=ENGINE_RANK, seconds=round(time.monotonic() - begin, 6))
+        stages = (*side_car.stages, write)
+        complete = msgspec.structs.replace(side_car, output=path.name, format=form, stages=stages, **hashes)
         media.write_side_car(complete, stem.with_name(stem.name + ".json"))
         return path

@@ -17,6 +17,7 @@ from videopipe.files import write_bytes
 from videopipe.records import StageTime
 
 IDLE = "idle"
+ENGINE_RANK = -1  # the process of the caller, which writes files: it has spans, and is no rank
 
 
 class Span(msgspec.Struct, frozen=True, kw_only=True):
@@ -320,7 +321,9 @@ def union_ns(spans: Iterable[Span]) -> int:
 
 
 def rank_label(rank: int, names: Mapping[int, str]) -> str:
-    """`rank 0 (dit)`, or `rank 0` where it has no name."""
+    """`rank 0 (dit)`, or `rank 0` where it has no name; the caller's process has only a name."""
+    if rank == ENGINE_RANK:
+        return names.get(rank, "engine")
     return f"rank {rank} ({names[rank]})" if rank in names else f"rank {rank}"
 
 
@@ -337,4 +340,4 @@ def _fitting_row(rows: list[list[int]], span: Span) -> int:
 
 
 def _row_id(rank: int, row: int) -> int:
-    return rank + 1_000_000 * row
+    return rank % 1_000_000 + 1_000_000 * row  # viewers want no negative thread

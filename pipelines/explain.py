@@ -1,0 +1,281 @@
+"""What a configuration means for every rank: tokens, heads, traffic, weights. Arithmetic; nothing is started."""
+
+import math
+from typing import Any
+
+import msgspec
+import torch
+
+from pipelines.checkpoint import Checkpoint, CheckpointUnreachableError
+from pipelines.engine import describe_plan, make_topology
+from pipelines.families import Family, ModelFacts, load_family
+from videopipe.config import Config, to_toml
+from videopipe.geometry import VideoSpec
+from videopipe.partition import JointSequence, Partition, split_evenly
+from videopipe.records import VideoRequest
+from videopipe.runtime import DTYPES
+
+
+class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank: what it is, what it loads (bytes of weights in memory by part), and what it owns of a sequence.
+
+    The tokens and heads are those of a denoising step, 0 on ranks that only decode. `exchange_bytes_per_layer` is what
+    the rank sends to others for q, k, v and the attention's output; `exchange_bytes_per_step` that times the layers and
+    evaluations of a step; `gather_bytes_per_step` what it sends so that every member has the whole prediction.
+    """
+
+    rank: int
+    role: str
+    device: str
+    weight_bytes: dict[str, int]
+    video_tokens: int
+    text_tokens: int
+    heads: int
+    exchange_bytes_per_layer: int
+    exchange_bytes_per_step: int
+    gather_bytes_per_step: int
+
+
+class ClipPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """One clip of the configured size: tensors, and bytes that it moves once.
+
+    `conditioning_bytes` and `latent_bytes` are what travels in all, from the text encoder to the DiT ranks and from
+    the DiT group's leader to a decoding rank; 0 where they stay in the same process.
+    """
+
+    spec: VideoSpec
+    num_inference_steps: int
+    evaluations_per_step: int
+    latent_shape: tuple[int, ...]
+    latent_bytes_each: int
+    frame_bytes: int
+    video_tokens: int
+    text_tokens: int
+    conditioning_bytes: int
+    latent_bytes: int
+    exchange_bytes: int
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """What `videopipe explain` tells. `sizes_from` says where the model's sizes come from."""
+
+    config: Config
+    plan: dict[str, Any]
+    sizes_from: str
+    weights_from: str
+    attention_layers: int
+    ranks: tuple[RankPlan, ...]
+    clip: ClipPlan
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2).decode()
+
+    def render_text(self) -> str:
+        """For people: the resolved TOML, then a table of ranks, then the traffic."""
+        clip, queue = self.clip, self.config.queue
+        trimmed = " at most: padded ones are dropped" if self.plan["text"] == "trimmed" else ", padded ones masked"
+        lines = [
+            to_toml(self.config),
+            f"# {self.plan['policy']}: {len(self.plan['dit_ranks'])} DiT and {len(self.plan['vae_ranks'])} VAE ranks",
+            f"sizes    from {self.sizes_from}",
+            f"weights  from {self.weights_from}",
+            "",
+            *_table(self.ranks),
+            "",
+            (
+                f"# one clip of {clip.spec.height}x{clip.spec.width}, {clip.spec.num_frames} frames, "
+                f"{clip.num_inference_steps} steps"
+            ),
+            f"tokens        {clip.video_tokens:,} of video and {clip.text_tokens} of text{trimmed}",
+            (
+                f"latents       {list(clip.latent_shape)} float32, {_bytes(clip.latent_bytes_each)}; "
+                f"frames uint8, {_bytes(clip.frame_bytes)}"
+            ),
+            (
+                f"queue         {queue.capacity} clips or {_bytes(queue.capacity_bytes)} of latents; "
+                f"{queue.max_undelivered} finished clips may wait for the caller"
+            ),
+            "",
+            "# traffic between ranks",
+        ]
+        if len(self.plan["dit_ranks"]) > 1:
+            layer = [rank.exchange_bytes_per_layer for rank in self.ranks if rank.heads or rank.video_tokens]
+            step = sum(rank.exchange_bytes_per_step for rank in self.ranks)
+            gather = sum(rank.gather_bytes_per_step for rank in self.ranks)
+            lines += [
+                f"per layer     {_bytes(min(layer))} to {_bytes(max(layer))} sent by each DiT rank: q, k, v and output",
+                (
+                    f"per step      {_bytes(step)} in all: {self.attention_layers} layers, DiT evaluations: "
+                    f"{clip.evaluations_per_step}; and {_bytes(gather)} to gather the prediction"
+                ),
+                f"per clip      {_bytes(clip.exchange_bytes)} in all steps",
+            ]
+        else:
+            lines.append("per step      none: one DiT rank")
+        lines += [
+            f"conditioning  {_bytes(clip.conditioning_bytes)} per clip, text encoder to DiT ranks",
+            f"latents       {_bytes(clip.latent_bytes)} per clip, leader to decoding rank",
+        ]
+        return "\n".join(lines)
+
+
+def explain_config(config: Config) -> Explanation:
+    """Explain a resolved configuration for the request size that it names.
+
+    Only JSON files and headers of the checkpoint are read. A hub checkpoint that is neither in the local cache nor
+    reachable is explained by the published sizes of its family, and the explanation says so.
+
+    Raises:
+        ValueError: a size that this model cannot render, or a checkpoint of another kind.
+    """
+    family = load_family(config.model.family)
+    facts, sizes_from, published = _facts(config, family)
+    request = VideoRequest(
+        id="clip",
+        prompt="",
+        negative_prompt=config.request.negative_prompt,
+        spec=config.spec(),
+        num_inference_steps=config.request.num_inference_steps,
+        true_cfg_scale=config.request.true_cfg_scale,
+        max_sequence_length=config.request.max_sequence_length,
+    )
+    family.check_request(request, facts, "request.")
+    parameters, weights_from = _parameters(config, family, published)
+
+    topology = make_topology(config)
+    members = len(topology.dit_ranks)
+    text = min(config.request.max_sequence_length, facts.text_tokens)
+    grid = facts.geometry.token_grid(request.spec, max(text, members))
+    sequence = JointSequence.even(grid.video, grid.text, members)
+    partition = Partition(sequence.counts, split_evenly(facts.num_heads, members))
+    evaluations = 2 if request.true_cfg_scale > 1 and request.negative_prompt is not None else 1
+    itemsize = DTYPES[config.model.dtype].itemsize
+    geometry = facts.geometry
+    patch_values = geometry.channels * geometry.patch_t * geometry.patch_s**2
+
+    ranks = []
+    for rank in range(config.world_size):
+        member = topology.dit_ranks.index(rank) if rank in topology.dit_ranks else None
+        layer = gather = 0
+        if member is not None:
+            into = partition.to_heads_bytes(member, 1, facts.head_dim, itemsize)
+            back = partition.to_tokens_bytes(member, 1, facts.head_dim, itemsize)
+            layer = 3 * into + back
+            # shards are padded to the largest one, see videopipe.exchange.gather_tokens
+            gather = max(sequence.video_counts) * patch_values * itemsize * (members - 1) * evaluations
+        holds = {
+            "text_encoder": rank == topology.encoder_rank,
+            "denoiser": member is not None,
+            "decoder": rank in topology.decode_ranks,
+        }
+        ranks.append(
+            RankPlan(
+                rank=rank,
+                role="vae" if member is None else "dit" if topology.vae_ranks else "dit+vae",
+                device=_device(config, rank),
+                weight_bytes={part: _in_memory(config, part, parameters[part]) for part in holds if holds[part]},
+                video_tokens=0 if member is None else sequence.video_counts[member],
+                text_tokens=0 if member is None else sequence.text_counts[member],
+                heads=0 if member is None else partition.head_counts[member],
+                exchange_bytes_per_layer=layer,
+                exchange_bytes_per_step=layer * facts.attention_layers * evaluations,
+                gather_bytes_per_step=gather,
+            )
+        )
+
+    shape = geometry.latent_shape(request.spec)
+    encoder_dtype = DTYPES[config.model.text_encoder_dtype or config.model.dtype]
+    conditioning = evaluations * encoder_dtype.itemsize * (text * (facts.text_dim + 1) + facts.pooled_dim)
+    receivers = sum(rank != topology.encoder_rank for rank in topology.dit_ranks)
+    spec = request.spec
+    latent_bytes = 4 * math.prod(shape)
+    clip = ClipPlan(
+        spec=spec,
+        num_inference_steps=request.num_inference_steps,
+        evaluations_per_step=evaluations,
+        latent_shape=shape,
+        latent_bytes_each=latent_bytes,
+        frame_bytes=spec.num_frames * spec.height * spec.width * 3,
+        video_tokens=grid.video,
+        text_tokens=text,
+        conditioning_bytes=conditioning * receivers,
+        latent_bytes=latent_bytes if topology.vae_ranks else 0,
+        exchange_bytes=request.num_inference_steps
+        * sum(rank.exchange_bytes_per_step + rank.gather_bytes_per_step for rank in ranks),
+    )
+    return Explanation(
+        config=config,
+        plan=describe_plan(config, topology),
+        sizes_from=sizes_from,
+        weights_from=weights_from,
+        attention_layers=facts.attention_layers,
+        ranks=tuple(ranks),
+        clip=clip,
+    )
+
+
+def _facts(config: Config, family: Family) -> tuple[ModelFacts, str, bool]:
+    """The model's sizes, where they come from, and whether they are the published ones."""
+    checkpoint = Checkpoint(config.model.weights, config.model.revision)
+    published = family.published
+    on_hub = not checkpoint.is_local and not config.model.weights.startswith((".", "/"))
+    if on_hub and config.model.weights == published.location and not checkpoint.is_cached("transformer/config.json"):
+        return published.facts, f"the published {published.location}; its files are not on this machine", True
+    try:
+        return family.facts(checkpoint), f"the config files of {config.model.weights}", False
+    except CheckpointUnreachableError:
+        why = f"the published {published.location}, because {config.model.weights} cannot be reached"
+        return published.facts, why, True
+
+
+def _parameters(config: Config, family: Family, published: bool) -> tuple[dict[str, int | None], str]:
+    """Parameters by part, None where nobody knows, and where the numbers come from."""
+    checkpoint = Checkpoint(config.model.weights, config.model.revision)
+    if published or config.model.weights == family.published.location:
+        counts: dict[str, int | None] = dict(family.published.parameters)
+        source = f"the published parameter counts of {family.published.location}"
+    else:
+        counts = {folder: checkpoint.num_parameters(folder) for folders in family.parts.values() for folder in folders}
+        source = f"the safetensors headers of {config.model.weights}"
+        if None in counts.values():
+            source = "nowhere: there are no safetensors files to look at on this machine"
+    parts: dict[str, int | None] = {}
+    for part, folders in family.parts.items():
+        known = [count for folder in folders if (count := counts[folder]) is not None]
+        parts[part] = sum(known) if len(known) == len(folders) else None
+    return parts, source
+
+
+def _in_memory(config: Config, part: str, parameters: int | None) -> int:
+    """Bytes of a part's weights in the precision it is loaded in; 0 where the count is not known."""
+    m = config.model
+    dtype = {"text_encoder": m.text_encoder_dtype, "denoiser": None, "decoder": m.vae_dtype}[part] or m.dtype
+    return (parameters or 0) * DTYPES[dtype].itemsize
+
+
+def _device(config: Config, rank: int) -> str:
+    kind = config.runtime.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"cuda:{rank}" if kind == "cuda" else "cpu"
+
+
+def _table(ranks: tuple[RankPlan, ...]) -> list[str]:
+    rows = [["rank", "role", "device", "video tokens", "text tokens", "heads", "weights", "parts"]]
+    for rank in ranks:
+        parts = ", ".join(f"{part} {_bytes(size)}" for part, size in rank.weight_bytes.items())
+        total = _bytes(sum(rank.weight_bytes.values()))
+        tokens = [f"{n:,}" if rank.heads or rank.video_tokens else "-" for n in (rank.video_tokens, rank.text_tokens)]
+        rows.append([str(rank.rank), rank.role, rank.device, *tokens, str(rank.heads or "-"), total, parts])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _bytes(count: int) -> str:
+    """Decimal units, three digits: 730 MB."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            value = count / size
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{count} B"

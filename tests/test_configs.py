@@ -1,0 +1,134 @@
+"""The bundled configurations: complete, for the GPUs that their names tell, and within the memory of each card."""
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from pipelines.bundled import bundled_configs, find_config
+from pipelines.explain import Explanation, explain_config
+from pipelines.hunyuan_video import HunyuanVideo
+from videopipe.config import Config, ConfigError, load_config
+
+CONFIGS = bundled_configs()
+GPU = sorted(name for name in CONFIGS if "gpu" in name and name != "hunyuan_8gpu")
+TINY = sorted(name for name in CONFIGS if "tiny" in name)
+
+# Bytes besides weights, counted as live tensors of diffusers' classes on the meta device: the DiT's activations are
+# 19 * tokens * width * itemsize; a decode with tiling holds 2.6 GB for one tile of 17x256x256 and 1.5 times the clip.
+CONTEXT = 1_000_000_000  # CUDA's context and libraries
+TILE = 2_600_000_000
+SPARE = 2  # a decode may take this many times its live tensors: convolution workspaces, fragmentation
+
+
+def peak_bytes(explained: Explanation, config: Config) -> list[int]:
+    """The most that each rank holds at a time, by formula."""
+    width = HunyuanVideo.published.facts.num_heads * HunyuanVideo.published.facts.head_dim
+    tokens = explained.clip.video_tokens + explained.clip.text_tokens
+    peaks = []
+    for rank in explained.ranks:
+        own = rank.video_tokens + rank.text_tokens
+        exchanged = 8 * tokens * rank.heads * 128 * 2 if config.groups.dit_ranks > 1 else 0
+        denoise = 19 * own * width * 2 + exchanged
+        decode = SPARE * (TILE + int(1.5 * 2 * explained.clip.frame_bytes)) if "decoder" in rank.weight_bytes else 0
+        peaks.append(CONTEXT + sum(rank.weight_bytes.values()) + max(denoise, decode))
+    return peaks
+
+
+def test_every_machine_has_its_file() -> None:
+    assert set(GPU) == {f"hunyuan_{n}gpu_{card}gb" for n in (1, 2, 4, 8) for card in (48, 80, 141)}
+    assert TINY == ["hunyuan_tiny_cpu", "hunyuan_tiny_cpu_2p1", "hunyuan_tiny_cpu_colocated"]
+    assert set(CONFIGS) == {*GPU, *TINY, "hunyuan_8gpu"}
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_file_is_complete_and_says_why(name: str) -> None:
+    text = CONFIGS[name].read_text()
+    config = load_config(CONFIGS[name])
+    assert text.startswith("# "), "a comment tells what it is for"
+    for table in ("model", "groups", "schedule", "queue", "output", "request", "runtime"):
+        assert f"[{table}]" in text
+    assert config.runtime.device == ("cpu" if "tiny" in name else "cuda")
+
+
+@pytest.mark.parametrize("name", GPU)
+def test_ranks_match_the_cards_and_fit_their_memory(name: str) -> None:
+    match = re.fullmatch(r"hunyuan_(\d)gpu_(\d+)gb", name)
+    assert match is not None
+    gpus, card = int(match[1]), int(match[2]) * 10**9
+    config = load_config(CONFIGS[name])
+    assert config.world_size == gpus
+    assert (config.model.dtype, config.model.vae_dtype, config.decode.tiling) == ("bfloat16", "float16", True)
+    explained = explain_config(config)
+    assert max(peak_bytes(explained, config)) < card
+    assert explained.clip.latent_bytes_each <= config.queue.capacity_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("hunyuan_2gpu_48gb", "groups.text_encoder=dit"),
+        ("hunyuan_1gpu_48gb", "request.num_frames=257"),
+        ("hunyuan_8gpu_48gb", "model.dtype=float32"),
+    ],
+)
+def test_the_arithmetic_notices_what_does_not_fit(name: str, change: str) -> None:
+    config = load_config(CONFIGS[name], [change])
+    assert max(peak_bytes(explain_config(config), config)) > 48 * 10**9
+
+
+def test_the_plain_8_gpu_name_is_the_80_gb_one() -> None:
+    assert load_config(CONFIGS["hunyuan_8gpu"]) == load_config(CONFIGS["hunyuan_8gpu_80gb"])
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_flags_may_move_the_groups(name: str) -> None:
+    config = load_config(CONFIGS[name], ["groups.vae_ranks=0", "groups.text_encoder=dit"])
+    assert config.policy == "colocated"
+    assert load_config(CONFIGS[name], ["groups.vae_ranks=1"]).policy == "decoupled"
+
+
+def test_names_and_paths_find_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_config("hunyuan_8gpu") == find_config("hunyuan_8gpu.toml") == CONFIGS["hunyuan_8gpu"]
+    own = tmp_path / "hunyuan_8gpu.toml"
+    own.write_text("")
+    assert find_config("hunyuan_8gpu.toml") == Path("hunyuan_8gpu.toml")  # a file of that name comes first
+    assert find_config(str(own)) == own
+    with pytest.raises(ConfigError, match=r"config='hunyuan_9gpu' is neither .*nearest is 'hunyuan_[0-9]gpu'"):
+        find_config("hunyuan_9gpu")
+
+
+def test_the_published_sizes_are_those_of_the_classes() -> None:
+    """Parameters of diffusers' and transformers' own classes at full size, built without memory."""
+    import torch
+    from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+
+    llama = LlamaConfig(
+        vocab_size=128320, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8
+    )
+    clip = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    published = HunyuanVideo.published
+    with torch.device("meta"):
+        models = {
+            "text_encoder": LlamaModel(llama),
+            "text_encoder_2": CLIPTextModel(clip),
+            "transformer": HunyuanVideoTransformer3DModel(guidance_embeds=True),
+            "vae": AutoencoderKLHunyuanVideo(),
+        }
+    counts = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    assert counts == published.parameters
+    dit = models["transformer"].config
+    facts = published.facts
+    assert (facts.num_heads, facts.head_dim) == (dit.num_attention_heads, dit.attention_head_dim)
+    assert facts.attention_layers == dit.num_layers + dit.num_single_layers
+    assert (facts.text_dim, facts.pooled_dim) == (dit.text_embed_dim, dit.pooled_projection_dim)
+    assert msgspec.structs.asdict(facts.geometry) == {
+        "channels": 16,
+        "stride_t": models["vae"].config.temporal_compression_ratio,
+        "stride_s": models["vae"].config.spatial_compression_ratio,
+        "patch_t": dit.patch_size_t,
+        "patch_s": dit.patch_size,
+    }
