@@ -2,8 +2,8 @@
 
 Each rank executes its commands one after the other in the order in which they come. Begin, Step and Finish are
 rendezvous of all DiT ranks, so a wrong order anywhere ends in a deadlock. A hand-over is a send at the leader, which
-does not wait, and a receive at the decoding rank, which does. Messages between the scheduler and a rank take random
-times and keep their order.
+waits for nobody and begins as soon as the leader is between two operations, and a receive at the decoding rank, which
+does wait. Messages between the scheduler and a rank take random times and keep their order.
 """
 
 import heapq
@@ -291,10 +291,17 @@ class FakeRanks:
         state.last_arrival = max(state.last_arrival, self.now + self.times.message())
 
         def arrive() -> None:
-            state.todo.append(op)
+            self._queue(state, op)
             self._go_on()
 
         self._at(state.last_arrival, arrive)
+
+    def _queue(self, state: Rank, op: Op) -> None:
+        """In order; but a hand-over does not wait for steps that the leader was given before."""
+        if op.kind == "send":
+            state.todo.appendleft(op)
+        else:
+            state.todo.append(op)
 
     def _report(self, rank: int, event: Event) -> None:
         state = self.ranks[rank]

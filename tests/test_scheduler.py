@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from tests.fake_ranks import BrokenPromiseError, FakeRanks, Op, Times
+from tests.fake_ranks import BrokenPromiseError, FakeRanks, Op, Rank, Times
 from videopipe.policies import POLICIES, Colocated, Decoupled, Policy
 from videopipe.queue import BoundedQueue
 from videopipe.scheduler import (
@@ -135,11 +135,20 @@ def test_shared_commands_come_to_all_members_in_one_order(policy: str) -> None:
 # -- what each schedule is for
 
 
-def steady(policy: str, dit: int, vae: int, num_requests: int, times: Times, **limits: int) -> FakeRanks:
+def steady(
+    policy: str,
+    dit: int,
+    vae: int,
+    num_requests: int,
+    times: Times,
+    *,
+    driver: type[FakeRanks] = FakeRanks,
+    **limits: int,
+) -> FakeRanks:
     """Equal requests that are all there from the start, with nothing random."""
     capacity, undelivered = limits.get("capacity", 2), limits.get("max_undelivered", 4)
     ranks = topology(dit, vae)
-    machine = FakeRanks(
+    machine = driver(
         Scheduler(ranks, policy, BoundedQueue(capacity, 10**9), max_undelivered=undelivered),
         times,
         max_waiting=capacity,
@@ -165,11 +174,21 @@ def test_decoupled_decodes_one_clip_while_it_denoises_the_next() -> None:
     assert machine.now == 5 * 4 + 2  # nothing but the last decode is left to wait for
 
 
-def test_a_hand_over_waits_at_most_for_the_steps_that_the_leader_has_been_given() -> None:
-    machine = steady("decoupled", 2, 1, 5, Times.fixed(step=1, decode=0.5))
+class SendsInOrder(FakeRanks):
+    """The twin: a hand-over waits until the leader has done what it was told before."""
+
+    def _queue(self, state: Rank, op: Op) -> None:
+        state.todo.append(op)
+
+
+@pytest.mark.parametrize(("driver", "longest_wait"), [(FakeRanks, 1.0), (SendsInOrder, 2.0)])
+def test_a_hand_over_waits_for_the_step_that_runs_and_for_no_other(
+    driver: type[FakeRanks], longest_wait: float
+) -> None:
+    machine = steady("decoupled", 2, 1, 5, Times.fixed(step=1, decode=0.5), driver=driver)
     machine.run()
     decode, denoise = machine.spans("decode"), machine.spans("step")
-    assert max(decode[clip][0] - denoise[clip][1] for clip in decode) <= 2 * 1
+    assert max(decode[clip][0] - denoise[clip][1] for clip in decode) == longest_wait
 
 
 def test_colocated_never_does() -> None:

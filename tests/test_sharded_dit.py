@@ -124,9 +124,8 @@ def relative(ours: Tensor, other: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    directory = tmp_path_factory.mktemp("tiny")
-    return {heads: make_hunyuan_video(directory / str(heads), heads=heads, seed=1) for heads in (4, 24)}
+def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return {4: tiny_checkpoint, 24: make_hunyuan_video(tmp_path_factory.mktemp("tiny") / "24", heads=24, seed=1)}
 
 
 @pytest.fixture(scope="module")
