@@ -336,11 +336,11 @@ class Engine:
                     return
                 self._hear(what, argument)
             now = time.monotonic()
+            for news in self._launcher.ended():
+                self._faults.ended(news, self._doing(news.rank), now)
             if now < next_check:
                 continue
             next_check = now + TICK_MS / 1000
-            for news in self._launcher.ended():
-                self._faults.ended(news, self._doing(news.rank), now)
             sign = self._faults.check(now, {rank: self._doing(rank) for rank in range(self.config.world_size)})
             if sign is not None:
                 raise faults.RankError(sign.rank, self.role(sign.rank), sign.kind, sign.what, sign.doing, sign.details)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -22,6 +23,7 @@ from videopipe.scheduler import (
     Step,
     Submitted,
     Topology,
+    helper_sets,
 )
 
 NUM_SCHEDULES = 500
@@ -52,6 +54,7 @@ def random_case(
     capacity = rng.randint(1, 3)
     capacity_bytes = rng.choice([CLIP * 3, CLIP * 4, CLIP * 100])
     max_undelivered = rng.choice([1, 2, 4])
+    lent = helper_sets(ranks.vae_ranks) if random.Random(f"help-{policy}-{seed}").random() < 0.5 else ()
     machine = driver(
         scheduler(
             ranks,
@@ -60,6 +63,7 @@ def random_case(
             encode_ahead=rng.randint(1, 3),
             steps_ahead=steps_ahead,
             max_undelivered=max_undelivered,
+            helper_sets=lent,
         ),
         Times.drawn(rng),
         max_waiting=capacity,
@@ -97,7 +101,7 @@ def caught(policies: tuple[str, ...], **twin: object) -> set[str]:
 
 @pytest.mark.parametrize("policy", list(POLICIES))
 def test_every_request_ends_once_and_every_promise_holds(policy: str) -> None:
-    cancelled = delivered = full = 0
+    cancelled = delivered = full = helped = 0
     for seed, machine in cases(policy):
         try:
             machine.run()
@@ -106,9 +110,11 @@ def test_every_request_ends_once_and_every_promise_holds(policy: str) -> None:
         cancelled += list(machine.outcome.values()).count("cancelled")
         delivered += list(machine.outcome.values()).count("delivered")
         full += machine.most_waiting == machine.max_waiting
+        helped += machine.steps_with_help
     assert cancelled > 200  # the cases do reach what they are to test
     assert delivered > 1000
     assert full > 20
+    assert helped > 500 or policy == "colocated"
 
 
 @pytest.mark.parametrize("policy", list(POLICIES))
@@ -381,6 +387,28 @@ class Shuffled(FakeRanks):
             super()._send(rank, op)
 
 
+class LendsAnyRank(Scheduler):
+    """Takes idleness for granted."""
+
+    def _helpers(self) -> tuple[int, ...]:
+        return self._helper_sets[0] if self._helper_sets else ()
+
+
+class HelperIsNotTold(FakeRanks):
+    def _send(self, rank: int, op: Op) -> None:
+        if op.kind != "step" or rank in self.topology.dit_ranks:
+            super()._send(rank, op)
+
+
+class FollowerDecidesItself(FakeRanks):
+    """The second DiT rank looks at the VAE ranks on its own, and sometimes sees another state than the leader did."""
+
+    def _send(self, rank: int, op: Op) -> None:
+        if rank == 1 and op.kind == "step" and op.step % 2:
+            op = replace(op, members=self.topology.dit_ranks)
+        super()._send(rank, op)
+
+
 class DecodesAnyTime(Colocated):
     def may_decode(self, state: Scheduler) -> bool:
         return True
@@ -414,6 +442,9 @@ BOTH = ("colocated", "decoupled")
         ("queue above its capacity", ("decoupled",), {"scheduler": UnboundedPut, "queue": Unbounded}),
         ("queue above its capacity in bytes", ("decoupled",), {"scheduler": UnboundedPut, "queue": Unbounded}),
         ("too many steps queued", BOTH, {"steps_ahead": 2}),
+        ("a rank that decodes is lent", ("decoupled",), {"scheduler": LendsAnyRank}),
+        ("deadlock, ranks wait for ever", ("decoupled",), {"driver": HelperIsNotTold}),
+        ("deadlock, ranks wait for ever", ("decoupled",), {"driver": FollowerDecidesItself}),
         ("a decode during a denoise", ("colocated",), {"rule": DecodesAnyTime()}),
         ("never finished", ("decoupled",), {"rule": DecodesNever()}),
         ("never finished", ("colocated",), {"rule": WaitsForWholeWaves()}),
