@@ -2,7 +2,8 @@
 
 Each rank executes its commands one after the other in the order in which they come. Begin, Step and Finish are
 rendezvous of all DiT ranks, and of the VAE ranks that are lent to a step, so a wrong order anywhere ends in a
-deadlock. A hand-over is a send at the leader, which does not wait, and a receive at the decoding rank, which does.
+deadlock. A hand-over is a send at the leader, which waits for nobody and begins as soon as the leader is between two
+operations, and a receive at the decoding rank, which does wait.
 Messages between the scheduler and a rank take random times and keep their order.
 """
 
