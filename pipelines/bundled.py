@@ -6,12 +6,13 @@ from pathlib import Path
 from videopipe.config import ConfigError
 
 _HERE = Path(__file__).resolve().parent
-FOLDERS = (_HERE.parent / "configs", _HERE / "configs")
 
 
 def bundled_configs() -> dict[str, Path]:
     """Every bundled configuration by name, without `.toml`."""
-    return {path.stem: path for folder in reversed(FOLDERS) for path in sorted(folder.glob("*.toml"))}
+    in_wheel = _HERE / "configs"  # a checkout has none; a wheel must not look at what lies beside it
+    folder = in_wheel if in_wheel.is_dir() else _HERE.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def find_config(name: str) -> Path:

@@ -299,7 +299,7 @@ def _render_into(
 ) -> str:
     """Render and write; appends to `paths` as clips finish. What to tell the user at the end."""
     from pipelines.pipeline import VideoPipeline
-    from videopipe.trace import ENGINE_RANK, SpanRecorder
+    from videopipe.trace import ENGINE_RANK, SpanRecorder, Trace
 
     begin = time.monotonic()
     recorder = SpanRecorder(ENGINE_RANK)
@@ -322,7 +322,9 @@ def _render_into(
     ]
     if trace is not None:
         lines.append(f"trace: {trace} (open it at https://ui.perfetto.dev)")
-    lines.append(pipe.trace.summary().render_text())
+    rendering = Trace(pipe.trace.rank_names)  # starting and loading would drown what the groups did
+    rendering.add(span for span in pipe.trace.spans if span.stage not in ("start", "load"))
+    lines.append(rendering.summary().render_text())
     return "\n".join(lines)
 
 

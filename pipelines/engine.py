@@ -114,8 +114,13 @@ class Batch:
                 finally:
                     self._engine.tell("delivered", result.job.request.id)
         finally:
-            for request in self._left:
-                self._engine.tell("cancel", request)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Nobody asks for the rest any more: cancel it."""
+        left, self._left = self._left, set()
+        for request in left:
+            self._engine.tell("cancel", request)
 
 
 class _Record:
@@ -178,6 +183,9 @@ class Engine:
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
+        # a caller's iterator that is collected while its thread is here tells the engine too
+        self._wake_lock = threading.RLock()
+        self._wake_closed = False
         self._faults = faults.FaultDetector(config.faults, tuple(range(config.world_size)), time.monotonic())
         self._thread = threading.Thread(target=self._run, name="videopipe-engine", daemon=True)
         self._kept: list[Closable] = []
@@ -243,8 +251,10 @@ class Engine:
     def tell(self, what: str, argument: Any = None) -> None:
         """Hand something to the engine's thread."""
         self._inbox.put((what, argument))
-        with contextlib.suppress(BlockingIOError, OSError):  # full: it will wake up anyway; closed: nobody listens
-            os.write(self._wake_write, b"x")
+        with self._wake_lock:
+            if not self._wake_closed:  # else its number may belong to another file by now
+                with contextlib.suppress(BlockingIOError):  # full: it will wake up anyway
+                    os.write(self._wake_write, b"x")
 
     def close_with(self, resource: Closable) -> None:
         """Close something when the engine has ended, such as the launcher."""
@@ -290,8 +300,12 @@ class Engine:
             for resource in self._kept:
                 resource.close()
             shutil.rmtree(self._run_directory, ignore_errors=True)
-            os.close(self._wake_read)
-            os.close(self._wake_write)
+            with self._wake_lock:
+                self._wake_closed = True
+                os.close(self._wake_read)
+                os.close(self._wake_write)
+            if self._failure is None:
+                self._end_batches(RuntimeError("this pipeline is closed"))
 
     # -- the engine's thread
 
@@ -322,11 +336,11 @@ class Engine:
                     return
                 self._hear(what, argument)
             now = time.monotonic()
+            for news in self._launcher.ended():
+                self._faults.ended(news, self._doing(news.rank), now)
             if now < next_check:
                 continue
             next_check = now + TICK_MS / 1000
-            for news in self._launcher.ended():
-                self._faults.ended(news, self._doing(news.rank), now)
             sign = self._faults.check(now, {rank: self._doing(rank) for rank in range(self.config.world_size)})
             if sign is not None:
                 raise faults.RankError(sign.rank, self.role(sign.rank), sign.kind, sign.what, sign.doing, sign.details)
@@ -347,6 +361,10 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         self._failure = error
         self._launcher.end()  # at once: what still runs may be stuck in a transfer with the lost rank
+        self._end_batches(error)
+
+    def _end_batches(self, error: Exception) -> None:
+        """Whoever waits for a result gets the clips that are finished, then the error."""
         batches = {id(record.batch): record.batch for record in self._records.values()}
         while not self._inbox.empty():
             what, argument = self._inbox.get()

@@ -8,11 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 import torch.nn.functional as F
-import transformers
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -21,14 +19,16 @@ from diffusers import (
 from diffusers import HunyuanVideoPipeline as DiffusersHunyuanVideoPipeline
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoSingleTransformerBlock
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel, PreTrainedTokenizerFast
 
 from dit_group.assist import Assistant
-from dit_group.attention import MERGING, Layout, SequenceParallel
+from dit_group.attention import MERGING, AttentionCall, Layout, SequenceParallel
 from dit_group.denoise import Denoising
 from dit_group.kernels import check_kernel
+from dit_group.modulation import ModulationTable, PrecomputedModulation
 from dit_group.plan import Gather, Shard, apply_plan
 from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.families import ModelFacts
@@ -54,7 +54,6 @@ class HunyuanVideoTextEncoder:
     """Prompt to conditioning through diffusers' own `encode_prompt`."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
-        _quiet_loading()
         source, options = checkpoint.location, {"revision": checkpoint.revision}
         dtype = DTYPES[config.model.text_encoder_dtype or config.model.dtype]
         # PreTrainedTokenizerFast keeps the file's own pre-tokenizer, which transformers 5's LlamaTokenizer replaces
@@ -112,12 +111,6 @@ class HunyuanVideoTextEncoder:
         return dict(zip(names, (embeds, pooled, mask), strict=True))
 
 
-def _quiet_loading() -> None:
-    """No progress bars from the libraries of this rank: they would run through those of the engine."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-
-
 def has_second_branch(request: VideoRequest) -> bool:
     """Whether each step evaluates the DiT for a negative prompt as well (diffusers' rule)."""
     return request.true_cfg_scale > 1 and request.negative_prompt is not None
@@ -147,22 +140,7 @@ class JointAttentionProcessor:
         `SequenceParallel` holds stands in for it.
         """
         num_video = hidden_states.shape[1]
-        dual_stream = attn.add_q_proj is not None
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(2, (attn.heads, -1))  # [B, S, N*D] -> [B, S, N, D]
-
-        text_q, text_k, text_v = (
-            (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if dual_stream else (attn.to_q, attn.to_k, attn.to_v)
-        )
-        norm_text_q, norm_text_k = (attn.norm_added_q, attn.norm_added_k) if dual_stream else (attn.norm_q, attn.norm_k)
-        call = self._parallel.begin()
-        # v needs neither norm nor RoPE, so it leaves first and travels under the projections of k and q
-        call.value(torch.cat([heads(attn.to_v(hidden_states)), heads(text_v(encoder_hidden_states))], dim=1))
-        k_video = _rotate(_norm(attn.norm_k, heads(attn.to_k(hidden_states))), image_rotary_emb)
-        call.key(torch.cat([k_video, _norm(norm_text_k, heads(text_k(encoder_hidden_states)))], dim=1))
-        q_video = _rotate(_norm(attn.norm_q, heads(attn.to_q(hidden_states))), image_rotary_emb)
-        call.query(torch.cat([q_video, _norm(norm_text_q, heads(text_q(encoder_hidden_states)))], dim=1))
+        call = begin_attention(self._parallel, attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         call.attend()
         out = call.output().flatten(2, 3)
         video, text = out[:, :num_video], out[:, num_video:]
@@ -173,6 +151,77 @@ class JointAttentionProcessor:
         return video, text
 
 
+def begin_attention(
+    parallel: SequenceParallel,
+    attn: Attention,
+    video: Tensor,
+    text: Tensor,
+    rotary: tuple[Tensor, Tensor] | None,
+) -> AttentionCall:
+    """Project local tokens to v, k and q, and send each as soon as it is ready.
+
+    Args:
+        video, text: normalised tokens of this member, [B, S_local, N*D] each.
+        rotary: cosines and sines [S_video_local, D] for the video tokens.
+    """
+    dual_stream = attn.add_q_proj is not None
+
+    def heads(x: Tensor) -> Tensor:
+        return x.unflatten(2, (attn.heads, -1))  # [B, S, N*D] -> [B, S, N, D]
+
+    text_q, text_k, text_v = (
+        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj) if dual_stream else (attn.to_q, attn.to_k, attn.to_v)
+    )
+    norm_text_q, norm_text_k = (attn.norm_added_q, attn.norm_added_k) if dual_stream else (attn.norm_q, attn.norm_k)
+    call = parallel.begin()
+    # v needs neither norm nor RoPE, so it leaves first and travels under the projections of k and q
+    call.value(torch.cat([heads(attn.to_v(video)), heads(text_v(text))], dim=1))
+    k_video = _rotate(_norm(attn.norm_k, heads(attn.to_k(video))), rotary)
+    call.key(torch.cat([k_video, _norm(norm_text_k, heads(text_k(text)))], dim=1))
+    q_video = _rotate(_norm(attn.norm_q, heads(attn.to_q(video))), rotary)
+    call.query(torch.cat([q_video, _norm(norm_text_q, heads(text_q(text)))], dim=1))
+    return call
+
+
+class OverlappedSingleBlock(torch.nn.Module):
+    """diffusers' single-stream block with its MLP half under the exchanges; it takes the block's place in the model.
+
+    The MLP does not depend on the attention: its first matrix product runs while q, k and v travel, its second one
+    while the attention's output travels. No cutting of the attention into chunks is needed for that. The output
+    projection is split by columns, so its sums are in another order (1e-6 in float32).
+
+    Source: the block is that of HunyuanVideo (arXiv 2412.03603) in diffusers; the overlap goes beyond PipeDiT.
+    """
+
+    def __init__(self, block: HunyuanVideoSingleTransformerBlock, parallel: SequenceParallel) -> None:
+        super().__init__()
+        self.block = block
+        self._parallel = parallel
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        *args: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Local video and text tokens in, [B, S_local, N*D] each, and out."""
+        block, num_video = self.block, hidden_states.shape[1]
+        tokens = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+        normed, gate = block.norm(tokens, emb=temb)
+        video, text = normed[:, :num_video], normed[:, num_video:]
+        call = begin_attention(self._parallel, block.attn, video, text, image_rotary_emb)
+        mlp = block.act_mlp(block.proj_mlp(normed))
+        call.attend()
+        width = tokens.shape[2]
+        out = F.linear(mlp, block.proj_out.weight[:, width:], block.proj_out.bias)
+        out = out + F.linear(call.output().flatten(2, 3), block.proj_out.weight[:, :width])
+        tokens = tokens + gate.unsqueeze(1) * out
+        return tokens[:, :num_video], tokens[:, num_video:]
+
+
 def _rotate(x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
     return x if rotary is None else apply_rotary_emb(x, rotary, sequence_dim=1)
 
@@ -181,13 +230,31 @@ def _norm(norm: torch.nn.Module | None, x: Tensor) -> Tensor:
     return x if norm is None else norm(x)
 
 
-def parallelize(transformer: HunyuanVideoTransformer3DModel, parallel: SequenceParallel) -> None:
-    """Shard diffusers' HunyuanVideo DiT over the members of `parallel`: its attention and the plan's hooks."""
+def parallelize(
+    transformer: HunyuanVideoTransformer3DModel, parallel: SequenceParallel, overlap_mlp: bool = False
+) -> None:
+    """Shard diffusers' HunyuanVideo DiT over the members of `parallel`: its attention and the plan's hooks.
+
+    Args:
+        overlap_mlp: run the MLP of single-stream blocks while tensors travel.
+    """
     processor = JointAttentionProcessor(parallel)
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
         block.attn.set_processor(processor)
+    if overlap_mlp:
+        blocks = [OverlappedSingleBlock(block, parallel) for block in transformer.single_transformer_blocks]
+        transformer.single_transformer_blocks = torch.nn.ModuleList(blocks)
     if parallel.members > 1:
         apply_plan(transformer, PLAN, parallel)
+
+
+def modulation_layers(transformer: HunyuanVideoTransformer3DModel) -> list[str]:
+    """Names of the linear layers that make shift, scale and gate from the embedding of timestep and prompt."""
+    names = []
+    for index in range(len(transformer.transformer_blocks)):
+        names += [f"transformer_blocks.{index}.{norm}.linear" for norm in ("norm1", "norm1_context")]
+    names += [f"single_transformer_blocks.{index}.norm.linear" for index in range(transformer.config.num_single_layers)]
+    return [*names, "norm_out.linear"]
 
 
 class HunyuanVideoDenoiser:
@@ -195,7 +262,6 @@ class HunyuanVideoDenoiser:
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
         assert runtime.dit_member is not None, runtime.rank
-        _quiet_loading()
         check_kernel(
             config.model.attention_kernel,
             runtime.device,
@@ -206,6 +272,9 @@ class HunyuanVideoDenoiser:
         self.transformer = HunyuanVideoTransformer3DModel.from_pretrained(
             source, subfolder="transformer", torch_dtype=DTYPES[config.model.dtype], **options
         )
+        self._modulation: PrecomputedModulation | None = None
+        if config.memory.precompute_modulation:
+            self._modulation = PrecomputedModulation(self.transformer, modulation_layers(self.transformer))
         self.transformer.to(runtime.device).eval()
         self._geometry = latent_geometry(checkpoint)
         self._scheduler_config = FlowMatchEulerDiscreteScheduler.load_config(source, subfolder="scheduler", **options)
@@ -218,12 +287,13 @@ class HunyuanVideoDenoiser:
         if own_attention or config.helper_sets:
             num_heads = self.transformer.config.num_attention_heads
             self._parallel = sequence_parallel(config, runtime, num_heads)
-            parallelize(self.transformer, self._parallel)
+            parallelize(self.transformer, self._parallel, config.attention.overlap_mlp and members > 1)
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:
         """[1, 16, T', H', W']."""
         return self._geometry.latent_shape(request.spec)
 
+    @torch.no_grad()
     def begin(self, request: VideoRequest, conditioning: Mapping[str, Tensor], noise: Tensor) -> Denoising:
         """Everything of a request that does not change from step to step."""
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_config)
@@ -236,9 +306,23 @@ class HunyuanVideoDenoiser:
         num_video = self._geometry.token_grid(request.spec).video
         branches = [self._branch(conditioning, prefix) for prefix in branch_prefixes(request)]
 
+        guided = guidance if self.transformer.config.guidance_embeds else None
+        steps = iter(range(len(scheduler.timesteps)))
+        if self._modulation is not None:
+            for branch in branches:
+                branch.modulation = self._modulation.compute(
+                    [
+                        F.silu(self.transformer.time_text_embed(t.expand(1).to(noise.dtype), branch.pooled, guided)[0])
+                        for t in scheduler.timesteps
+                    ]
+                )
+
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
             predictions = []
+            step = next(steps)
             for branch in branches:
+                if self._modulation is not None and branch.modulation is not None:
+                    self._modulation.use(branch.modulation, step)
                 if self._parallel is not None:
                     self._parallel.use(branch.layout(self._parallel, num_video, self._helpers))
                 predictions.append(
@@ -248,7 +332,7 @@ class HunyuanVideoDenoiser:
                         encoder_hidden_states=branch.embeds,
                         encoder_attention_mask=branch.mask,
                         pooled_projections=branch.pooled,
-                        guidance=guidance if self.transformer.config.guidance_embeds else None,
+                        guidance=guided,
                         return_dict=False,
                     )[0]
                 )
@@ -284,6 +368,7 @@ class _Branch:
     mask: Tensor
     pooled: Tensor
     layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict)
+    modulation: ModulationTable | None = None
 
     def layout(self, parallel: SequenceParallel, num_video: int, helpers: tuple[int, ...]) -> Layout:
         """Laid out once for each set of helpers."""
@@ -361,7 +446,6 @@ class HunyuanVideoDecoder:
     """The VAE of one rank."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
-        _quiet_loading()
         options: dict[str, Any] = {"revision": checkpoint.revision}
         self.vae = AutoencoderKLHunyuanVideo.from_pretrained(
             checkpoint.location,

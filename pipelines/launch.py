@@ -124,10 +124,11 @@ class LocalLauncher:
                     rank, pid = answer["started"]
                     self._pids[rank] = pid
                 elif "ended" in answer:
-                    rank, code = answer["ended"]
-                    self._pids.pop(rank, None)
-                    self._expected.discard(rank)
-                    news.append(RankEnded(rank, code))
+                    rank, pid, code = answer["ended"]
+                    if self._pids.get(rank) == pid:  # else a rank of an earlier pipeline, reaped late
+                        del self._pids[rank]
+                        self._expected.discard(rank)
+                        news.append(RankEnded(rank, code))
 
     def pids(self) -> dict[int, int]:
         """Process ids of the running ranks."""
@@ -135,12 +136,14 @@ class LocalLauncher:
 
     def end(self) -> None:
         """SIGKILL for all: a rank has nothing to save, and it may be stuck in a transfer with a lost one."""
-        deadline = time.monotonic() + 3.0
+        deadline = time.monotonic() + 4.0
         for rank in self._expected:
             self._ask({"signal": [rank, int(signal.SIGKILL)]})
         while self._expected and time.monotonic() < deadline:
             select.select([self._output.fileno()], [], [], 0.1)
             self.ended()
+        self._expected.clear()
+        self._pids.clear()
 
     def close(self) -> None:
         """Close the zygote's input: it ends its ranks and itself."""

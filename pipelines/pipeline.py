@@ -151,7 +151,10 @@ class VideoPipeline:
             RankError: a rank was lost; the pipeline cannot be used any more, clips already given out are not touched.
         """
         jobs = [Job(request=r, result=self._result_kind()) for r in self._checked(requests)]
-        return self._results(self._engine.submit(jobs))
+        batch = self._engine.submit(jobs)
+        results = self._results(batch)
+        weakref.finalize(results, batch.abandon).atexit = False  # a generator that never began runs no `finally`
+        return results
 
     def _results(self, batch: Batch) -> Iterator[RenderResult]:
         for finished in batch:

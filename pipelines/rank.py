@@ -149,6 +149,7 @@ class _Rank:
         self._vae: VaeWorker | None = None
         self._assistant: Assistant | None = None
         self._conditioning_transfers: dict[str, int] = {}
+        self._todo: deque[tuple[ToRank, bytes | None]] = deque()
         self._in_flight: deque[tuple[torch.cuda.Event, FromRank]] = deque()  # reports that wait for the device
 
     def report(self, message: FromRank, payload: memoryview | None = None) -> None:
@@ -159,18 +160,33 @@ class _Rank:
         )
 
     def obey(self) -> None:
-        """Take commands until StopRank. One step's kernels may be queued while the last one still runs."""
+        """Take commands until StopRank, in order. One step's kernels may be queued while the last one still runs."""
         while True:
-            arrived = self._client.receive(0 if self._in_flight else None)
-            if arrived is None:
-                self._report_oldest()
+            self._listen(wait=not self._todo and not self._in_flight)
+            if not self._todo:
+                if self._in_flight:
+                    self._report_oldest()
                 continue
-            message, payload = arrived
+            message, payload = self._todo.popleft()
             if isinstance(message, StopRank):
                 return
             self._execute(message, payload)
             while len(self._in_flight) > 1:
                 self._report_oldest()
+
+    def _listen(self, wait: bool) -> None:
+        """Queue all commands that have arrived.
+
+        Finished latents leave at once, before steps that were given earlier: the decoding rank waits for them, and to
+        begin a send waits for nobody.
+        """
+        arrived = self._client.receive(None if wait else 0)
+        while arrived is not None:
+            if isinstance(arrived[0], SendLatents):
+                self._execute(*arrived)
+            else:
+                self._todo.append(arrived)
+            arrived = self._client.receive(0)
 
     def _report_oldest(self) -> None:
         event, message = self._in_flight.popleft()

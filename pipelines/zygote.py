@@ -6,7 +6,7 @@ so the fork is safe. It ends its ranks when told to, and when its standard input
 engine dies: no rank is ever left behind.
 
 Protocol: one JSON object a line. In: {"start": RankSpec}, {"signal": [rank, number]}. Out: {"started": [rank, pid]},
-{"ended": [rank, exit code, or minus the signal]}.
+{"ended": [rank, pid, exit code, or minus the signal]}.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ class _Zygote:
         self._selector.unregister(fd)
         os.close(fd)
         _, status = os.waitpid(pid, 0)
-        self._answer({"ended": [rank, os.waitstatus_to_exitcode(status)]})
+        self._answer({"ended": [rank, pid, os.waitstatus_to_exitcode(status)]})
 
     def _end(self) -> None:
         """The engine is gone, or has said goodbye: end what is left, remove what runs have left in shared memory."""

@@ -1,9 +1,10 @@
 """Ranks without tensors under a clock without time: they drive the real scheduler with random delays and check it.
 
 Each rank executes its commands one after the other in the order in which they come. Begin, Step and Finish are
-rendezvous of all DiT ranks, so a wrong order anywhere ends in a deadlock. A hand-over is a send at the leader, which
-does not wait, and a receive at the decoding rank, which does. Messages between the scheduler and a rank take random
-times and keep their order.
+rendezvous of all DiT ranks, and of the VAE ranks that are lent to a step, so a wrong order anywhere ends in a
+deadlock. A hand-over is a send at the leader, which waits for nobody and begins as soon as the leader is between two
+operations, and a receive at the decoding rank, which does wait.
+Messages between the scheduler and a rank take random times and keep their order.
 """
 
 import heapq
@@ -147,6 +148,7 @@ class FakeRanks:
         self.denoised: list[str] = []
         self.decode_order: list[str] = []
         self.most_waiting = 0
+        self.steps_with_help = 0
         self.longest_block = 0
         self._consuming = False
         self._finished: deque[str] = deque()  # clips that the caller has not taken
@@ -227,7 +229,8 @@ class FakeRanks:
             case Begin():
                 return [(r, Op("begin", command.request, members=command.ranks)) for r in command.ranks]
             case Step():
-                return [(r, Op("step", command.request, command.step, members=command.ranks)) for r in command.ranks]
+                together = (*command.ranks, *command.helpers)
+                return [(r, Op("step", command.request, command.step, members=together)) for r in together]
             case Finish():
                 return [(r, Op("finish", command.request, members=command.ranks)) for r in command.ranks]
             case Abandon():
@@ -254,6 +257,10 @@ class FakeRanks:
                 self._steps_out += 1
                 self._expect(self._steps_out <= self.steps_in_flight, "too many steps queued", command)
                 self._expect(command.ranks == self.topology.dit_ranks, "a group command misses members", command)
+                lent = set(command.helpers)
+                self._expect(lent <= set(self.topology.vae_ranks), "a rank is lent that is no VAE rank", command)
+                self._expect(not lent & set(self._given.values()), "a rank that decodes is lent", command)
+                self.steps_with_help += bool(lent)
             case HandOver():
                 self._expect(command.rank not in self._given.values(), "a rank gets a clip while it has one", command)
                 self._expect(command.request in self._waiting, "a clip is handed over that does not wait", command)
@@ -291,10 +298,17 @@ class FakeRanks:
         state.last_arrival = max(state.last_arrival, self.now + self.times.message())
 
         def arrive() -> None:
-            state.todo.append(op)
+            self._queue(state, op)
             self._go_on()
 
         self._at(state.last_arrival, arrive)
+
+    def _queue(self, state: Rank, op: Op) -> None:
+        """In order; but a hand-over does not wait for steps that the leader was given before."""
+        if op.kind == "send":
+            state.todo.appendleft(op)
+        else:
+            state.todo.append(op)
 
     def _report(self, rank: int, event: Event) -> None:
         state = self.ranks[rank]
@@ -339,7 +353,8 @@ class FakeRanks:
             other = self.ranks[member]
             if other.busy is not None or not other.todo:
                 return False
-            if (other.todo[0].kind, other.todo[0].request, other.todo[0].step) != (op.kind, op.request, op.step):
+            there = other.todo[0]
+            if (there.kind, there.request, there.step, there.members) != (op.kind, op.request, op.step, op.members):
                 return False
         return True
 
@@ -378,7 +393,7 @@ class FakeRanks:
                     self.ranks[member].states.add(op.request)
                     self.ranks[member].next_step[op.request] = 0
             case "step":
-                for member in members:
+                for member in self.topology.dit_ranks:
                     state = self.ranks[member]
                     self._expect(op.request in state.states, "a step of a request that was not begun", op)
                     self._expect(state.next_step[op.request] == op.step, "a step out of order", op)

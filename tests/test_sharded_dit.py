@@ -113,7 +113,7 @@ def make_denoiser(path: str, runtime: Runtime, **settings: Any) -> HunyuanVideoD
         {
             "model": {"weights": path, "attention_kernel": settings.get("kernel", "sdpa")},
             "groups": {"dit_ranks": len(runtime.dit_ranks)},
-            "attention": {key: settings[key] for key in ("text", "heads_per_chunk", "balance") if key in settings},
+            "attention": {key: settings[key] for key in settings if key != "kernel"},
         }
     )
     return HunyuanVideoDenoiser(Checkpoint(path), config, runtime)
@@ -124,9 +124,8 @@ def relative(ours: Tensor, other: Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    directory = tmp_path_factory.mktemp("tiny")
-    return {heads: make_hunyuan_video(directory / str(heads), heads=heads, seed=1) for heads in (4, 24)}
+def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    return {4: tiny_checkpoint, 24: make_hunyuan_video(tmp_path_factory.mktemp("tiny") / "24", heads=24, seed=1)}
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +152,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"text": "padded"},
     {"text": "padded", "heads_per_chunk": 1},
     {"text": "trimmed", "heads_per_chunk": 2, "balance": "rows"},
-    {"text": "padded", "balance": "rows"},
+    {"text": "padded", "balance": "rows", "overlap_mlp": False},
 )
 
 
@@ -188,8 +187,10 @@ def rolled_rope(denoiser: HunyuanVideoDenoiser, parallel: SequenceParallel) -> N
 def unmasked_padding(denoiser: HunyuanVideoDenoiser, parallel: SequenceParallel) -> None:
     lay_out = parallel.lay_out
 
-    def without_mask(num_video: int, num_text: int, text_mask: Tensor | None = None) -> Layout:
-        return lay_out(num_video, num_text, None)
+    def without_mask(
+        num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
+    ) -> Layout:
+        return lay_out(num_video, num_text, None, helpers)
 
     parallel.lay_out = without_mask  # type: ignore[method-assign]
 
@@ -198,8 +199,10 @@ def mask_in_plain_order(denoiser: HunyuanVideoDenoiser, parallel: SequenceParall
     """The mask follows [all video | all text], as it would in one process."""
     lay_out = parallel.lay_out
 
-    def unpermuted(num_video: int, num_text: int, text_mask: Tensor | None = None) -> Layout:
-        layout = lay_out(num_video, num_text, text_mask)
+    def unpermuted(
+        num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
+    ) -> Layout:
+        layout = lay_out(num_video, num_text, text_mask, helpers)
         assert text_mask is not None
         assert isinstance(layout.attention, Ulysses)
         layout.attention.key_mask = torch.cat([text_mask.new_ones(1, num_video), text_mask], dim=1)

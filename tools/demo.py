@@ -8,6 +8,7 @@ import typer
 
 from pipelines.cli_errors import CommandError
 from pipelines.cli_render import check_everything, render_all, resolve_config
+from pipelines.launch import LocalLauncher
 from pipelines.prompts import RequestDefaults
 from videopipe.geometry import VideoSpec
 from videopipe.records import VideoRequest, default_id
@@ -67,6 +68,7 @@ def run_demo(
     vae_ranks: int,
     seed: int,
     quiet: bool = False,
+    launcher: LocalLauncher | None = None,
 ) -> list[Path]:
     """Make the checkpoint if it is not there, render, draw a contact sheet; the paths of the clips.
 
@@ -102,7 +104,7 @@ def run_demo(
         make_hunyuan_video(checkpoint)
     trace = output / "trace.json"
     check_everything(config, requests, output, trace)
-    paths = render_all(config, requests, output, trace=trace, quiet=quiet)
+    paths = render_all(config, requests, output, trace=trace, quiet=quiet, launcher=launcher)
 
     from videopipe.media import contact_sheet, read_video
 

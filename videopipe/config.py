@@ -78,6 +78,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `balance`: `heads` gives whole heads to ranks; `rows` divides those left over by query rows, so that 24 heads load
     5 or 7 ranks equally.
     `co_processing`: VAE ranks that have nothing to decode take a share of the DiT group's attention (PipeDiT's Aco).
+    `overlap_mlp`: with several DiT ranks, the MLP of single-stream blocks runs while q, k, v and the output travel.
     """
 
     strategy: Literal["ulysses", "ring", "usp"] = "ulysses"
@@ -86,6 +87,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     heads_per_chunk: int | Literal["all"] = "all"
     balance: Literal["heads", "rows"] = "heads"
     co_processing: Literal["on", "off"] = "off"
+    overlap_mlp: bool = True
     text: Literal["auto", "trimmed", "padded"] = "auto"
 
     @property
@@ -110,6 +112,16 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     mode: Literal["clip"] = "clip"
     tiling: bool = False
+
+
+class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is kept off the devices.
+
+    `precompute_modulation`: the adaLN layers, 3.46 of HunyuanVideo's 12.8 billion parameters, stay in host memory;
+    their results for all steps are computed when a request begins. The same output.
+    """
+
+    precompute_modulation: bool = False
 
 
 class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -164,6 +176,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     attention: AttentionConfig = msgspec.field(default_factory=AttentionConfig)
     queue: QueueConfig = msgspec.field(default_factory=QueueConfig)
     decode: DecodeConfig = msgspec.field(default_factory=DecodeConfig)
+    memory: MemoryConfig = msgspec.field(default_factory=MemoryConfig)
     output: OutputConfig = msgspec.field(default_factory=OutputConfig)
     request: RequestConfig = msgspec.field(default_factory=RequestConfig)
     runtime: RuntimeConfig = msgspec.field(default_factory=RuntimeConfig)

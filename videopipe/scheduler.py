@@ -115,7 +115,10 @@ class Abandon(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HandOver(msgspec.Struct, frozen=True, kw_only=True):
-    """The leader sends the latents to `rank`, which acknowledges and decodes them."""
+    """The leader sends the latents to `rank`, which acknowledges and decodes them.
+
+    The send does not wait behind steps that the leader was given before: it begins between two of them.
+    """
 
     request: str
     leader: int
