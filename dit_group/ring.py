@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dit_group.kernels import Kernel, kernel_with_lse, merge_partial
+from dit_group.kernels import Kernel, KernelWithLse, kernel_with_lse, merge_partial
 from dit_group.ulysses import Balance
 from videopipe.exchange import PendingExchange, start_take_from_previous
 from videopipe.partition import offsets
@@ -81,13 +81,31 @@ class Ring:
 
 
 class _Block:
-    """The keys of one member: how many, and which may be seen. Looks at the mask once, outside of the steps."""
+    """The keys of one member: how many, and which may be seen. Looks at the mask once, outside of the steps.
+
+    Where all samples see the same keys, those are picked and no mask is left, so that kernels without masks run, and
+    nothing waits for the device inside a layer.
+    """
 
     def __init__(self, key_mask: Tensor | None, tokens: slice) -> None:
         self.num_tokens = tokens.stop - tokens.start
-        mask = None if key_mask is None else key_mask[:, tokens]
-        self.is_visible = self.num_tokens > 0 and (mask is None or bool(mask.any()))
-        self.mask = None if mask is None or bool(mask.all()) else mask
+        self.is_visible = self.num_tokens > 0
+        self.mask: Tensor | None = None
+        self.picked: Tensor | None = None
+        if key_mask is None or self.num_tokens == 0 or bool(key_mask[:, tokens].all()):
+            return
+        mask = key_mask[:, tokens]
+        self.is_visible = bool(mask.any())
+        if bool((mask == mask[:1]).all()):
+            self.picked = mask[0].nonzero().squeeze(1)
+        else:
+            self.mask = mask
+
+    def attend(self, kernel: KernelWithLse, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The attention of q over the visible keys of this block, and its log-sum-exp."""
+        if self.picked is not None:
+            k, v = k.index_select(1, self.picked), v.index_select(1, self.picked)
+        return kernel(q, k, v, self.mask)
 
 
 class RingCall:
@@ -131,7 +149,7 @@ class RingCall:
             block = plan.blocks[(plan.member - turn) % members]
             if not block.is_visible or not q.numel():
                 continue
-            part, part_lse = plan.kernel(q, k, v, block.mask)
+            part, part_lse = block.attend(plan.kernel, q, k, v)
             if out is None or lse is None:
                 out, lse = part.to(part_lse.dtype), part_lse
             else:
