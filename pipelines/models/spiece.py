@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3  # fields of ModelProto
@@ -70,11 +70,10 @@ def spiece_tokenizer(path: Path) -> PreTrainedTokenizerFast:
             raise ValueError(f"{path} has no piece {needed!r}")
     unknown = next(i for i, (_, _, kind) in enumerate(model.pieces) if kind is PieceKind.UNKNOWN)
     backend = Tokenizer(models.Unigram([(text, score) for text, score, _ in model.pieces], unknown, False))
-    if model.charsmap:
-        backend.normalizer = normalizers.Precompiled(model.charsmap)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")]
-    )
+    table = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    squeeze = [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    backend.normalizer = normalizers.Sequence([*table, *squeeze])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
     backend.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
     backend.post_processor = processors.TemplateProcessing(
         single=["$A", "</s>"], pair=["$A", "</s>", "$B", "</s>"], special_tokens=[("</s>", ids["</s>"])]
