@@ -146,10 +146,11 @@ def _write_transformer(folder: Path, model: OpenSoraPlanTransformer3DModel) -> N
     state = model.state_dict()
     names = list(state)
     shards = [names[i::SHARDS] for i in range(SHARDS)]
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, keys in enumerate(shards):
         file = f"diffusion_pytorch_model-{i + 1:05d}-of-{SHARDS:05d}.safetensors"
         save_file({key: state[key].contiguous() for key in keys}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read
         weight_map |= dict.fromkeys(keys, file)
     size = sum(value.numel() * value.element_size() for value in state.values())
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}

@@ -36,6 +36,8 @@ TEXT_ENCODER_FOLDERS = ("text_encoder", "mt5-xxl", "google/mt5-xxl")
 TOKENIZER_FOLDERS = ("tokenizer", *TEXT_ENCODER_FOLDERS)
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEMS = ("model", "pytorch_model")
+TEXT_TABLE = "shared.weight"
+TEXT_ALIAS = "encoder.embed_tokens.weight"  # the same tensor under its second name
 _NAMED_AT_MOST = 20
 _HAAR_FILTERS = {  # upstream's name: whether it is high in time, height, width (3D) or in height, width (2D)
     "h": (False, False, False),
@@ -95,9 +97,7 @@ def load_transformer(
     Raises:
         ValueError: the config or the tensors do not fit; names every one.
     """
-    with torch.device("meta"):
-        model = OpenSoraPlanTransformer3DModel(**known_options(OpenSoraPlanTransformer3DModel, _config(folder)))
-    return _fill(model, open_tensors(folder, (DIFFUSERS_STEM,)), folder, dtype, device)
+    return _fill(empty_transformer(folder), open_tensors(folder, (DIFFUSERS_STEM,)), folder, dtype, device)
 
 
 def load_vae(folder: Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> WFVAEModel:
@@ -109,10 +109,7 @@ def load_vae(folder: Path, dtype: torch.dtype = torch.float32, device: str | tor
         ValueError: the config or the tensors do not fit; names every one. A pickle that holds more than tensors.
     """
     sources = open_vae_tensors(folder)
-    options = vae_options(known_options(WFVAEModel, _config(folder)), {k: s.shape for k, s in sources.items()}, folder)
-    with torch.device("meta"):
-        model = WFVAEModel(**options)
-    return _fill(model, sources, folder, dtype, device)
+    return _fill(empty_vae(folder, sources), sources, folder, dtype, device)
 
 
 def load_text_encoder(
@@ -125,13 +122,8 @@ def load_text_encoder(
     Raises:
         ValueError: another architecture (umT5 has other weights), or tensors that do not fit; names every one.
     """
-    config = _config(folder)
-    if config.get("model_type") not in ("mt5", "t5"):
-        raise ValueError(f"{folder}/config.json: model_type={config.get('model_type')!r} must be 'mt5'")
-    with torch.device("meta"):
-        model = MT5EncoderModel(MT5Config(**{k: v for k, v in config.items() if k != "model_type"}))
-    sources = open_text_encoder_tensors(folder)
-    model = _fill(model, sources, folder, dtype, device, keep_fp32=is_kept_fp32, tied=("encoder.embed_tokens.weight",))
+    model = empty_text_encoder(folder)
+    model = _fill(model, open_text_encoder_tensors(folder), folder, dtype, device, is_kept_fp32, (TEXT_ALIAS,))
     model.tie_weights()
     return model
 
@@ -153,6 +145,36 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if tokenizer("")["input_ids"] != [tokenizer.eos_token_id]:
         raise ValueError(f"tokenizer={folder} does not append the end token </s>, as that of mT5 does")
     return tokenizer
+
+
+def empty_transformer(folder: Path) -> OpenSoraPlanTransformer3DModel:
+    """The denoiser that a folder's config.json describes, on the meta device."""
+    with torch.device("meta"):
+        return OpenSoraPlanTransformer3DModel(**known_options(OpenSoraPlanTransformer3DModel, _config(folder)))
+
+
+def empty_vae(folder: Path, sources: Mapping[str, Source]) -> WFVAEModel:
+    """The VAE that a folder's config.json and the shapes of its tensors describe, on the meta device.
+
+    Raises:
+        ValueError: the two contradict each other.
+    """
+    options = vae_options(known_options(WFVAEModel, _config(folder)), {k: s.shape for k, s in sources.items()}, folder)
+    with torch.device("meta"):
+        return WFVAEModel(**options)
+
+
+def empty_text_encoder(folder: Path) -> MT5EncoderModel:
+    """The mT5 encoder that a folder's config.json describes, on the meta device.
+
+    Raises:
+        ValueError: another architecture.
+    """
+    config = _config(folder)
+    if config.get("model_type") not in ("mt5", "t5"):
+        raise ValueError(f"{folder}/config.json: model_type={config.get('model_type')!r} must be 'mt5'")
+    with torch.device("meta"):
+        return MT5EncoderModel(MT5Config(**{k: v for k, v in config.items() if k != "model_type"}))
 
 
 def open_tensors(folder: Path, stems: tuple[str, ...]) -> dict[str, Source]:
@@ -197,9 +219,9 @@ def open_text_encoder_tensors(folder: Path) -> dict[str, Source]:
     sources = open_tensors(folder, TRANSFORMERS_STEMS)
     skipped = ("decoder.", "lm_head.")
     sources = {key: source for key, source in sources.items() if not key.startswith(skipped)}
-    alias = sources.pop("encoder.embed_tokens.weight", None)
+    alias = sources.pop(TEXT_ALIAS, None)
     if alias is not None:
-        sources.setdefault("shared.weight", alias)
+        sources.setdefault(TEXT_TABLE, alias)
     return sources
 
 
@@ -282,12 +304,14 @@ def check_wavelet_filter(key: str, value: Tensor) -> None:
         raise ValueError(f"{key} is not the Haar filter that this model computes with")
 
 
-def check_exact(shapes: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: Path) -> None:
-    """Refuse tensors that are not exactly those of the model.
+def check_exact(sources: Mapping[str, Source], model: nn.Module, where: Path, tied: Iterable[str] = ()) -> None:
+    """Refuse tensors that are not exactly those of the model; `tied` names second names, which no file needs.
 
     Raises:
         ValueError: names every tensor that is missing, unexpected or of another shape (the first 20 of each).
     """
+    shapes = {key: source.shape for key, source in sources.items()}
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in set(tied)}
     faults = [
         ("missing", sorted(expected.keys() - shapes.keys())),
         ("unexpected", sorted(shapes.keys() - expected.keys())),
@@ -315,15 +339,14 @@ def _fill(
     tied: Iterable[str] = (),
 ) -> _Model:
     """Put every tensor in its place in a model built on the meta device."""
-    expected = {key: tuple(value.shape) for key, value in model.state_dict().items() if key not in set(tied)}
-    check_exact({key: source.shape for key, source in sources.items()}, expected, where)
+    check_exact(sources, model, where, tied)
     tensors = {}
     for key, source in sources.items():
         kept = torch.float32 if keep_fp32(key, dtype) else dtype
         # a copy: tensors of mapped files lie off the alignment that the kernels for built models get
         tensors[key] = source.read().to(dtype=kept, device=device, copy=True)
     for key in tied:
-        tensors[key] = tensors["shared.weight"]
+        tensors[key] = tensors[TEXT_TABLE]
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.requires_grad_(False).eval()
 
