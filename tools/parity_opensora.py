@@ -158,13 +158,14 @@ def tiny_jobs(seed: int = 0) -> Iterator[Job]:
         "masked frames": denoiser_inputs(g, (8, 5, 6, 10), batch=2, masked="frames"),
         "masked pixels": denoiser_inputs(g, (8, 3, 10, 6), batch=3, masked="pixels"),
     }
-    for name, change in (
+    denoisers: tuple[tuple[str, dict[str, Any]], ...] = (
         ("skip-sparse", {}),
         ("dense", {"sparse_n": 1}),
         ("dense, sparse1d off", {"sparse1d": False, "sparse_n": 1}),
         ("32 blocks", {"num_layers": 32}),
         ("scaled positions", {f"interpolation_scale_{axis}": 2.0 for axis in "thw"}),
-    ):
+    )
+    for name, change in denoisers:
         config = TINY_DENOISER | change
         model = random_weights(OpenSoraPlanTransformer3DModel(**config), g)
         yield Job(name=name, part="denoiser", config=config, model=model, inputs=cases)
@@ -180,7 +181,7 @@ def tiny_jobs(seed: int = 0) -> Iterator[Job]:
         }
         for n, batch in ((1, 2), (2, 1), (3, 2), (6, 1), (9, 1))
     }
-    for name, change in (
+    vaes: tuple[tuple[str, dict[str, Any]], ...] = (
         ("WF-VAE", {}),
         ("WF-VAE, nearest in time", {"t_interpolation": "nearest"}),
         ("WF-VAE, shallow", {"connect_res_layer_num": 1, "encoder_num_resblocks": 1, "decoder_num_resblocks": 3}),
@@ -194,7 +195,8 @@ def tiny_jobs(seed: int = 0) -> Iterator[Job]:
                 "decoder_energy_flow_hidden_size": 32,
             },
         ),
-    ):
+    )
+    for name, change in vaes:
         config = TINY_VAE | change
         yield Job(name=name, part="vae", config=config, model=random_weights(WFVAEModel(**config), g), inputs=clips)
 

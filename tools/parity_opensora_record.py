@@ -57,7 +57,7 @@ def any_kernel(device: str) -> contextlib.AbstractContextManager[Any]:
     """Let attention run on a CPU: the official code allows one CUDA kernel alone, for the time of this call not so."""
     if device != "cpu":
         return contextlib.nullcontext()
-    return mock.patch.object(torch.backends.cuda, "sdp_kernel", lambda **_: contextlib.nullcontext())
+    return mock.patch.object(torch.backends.cuda, "sdp_kernel", return_value=contextlib.nullcontext())
 
 
 def run_denoiser(model: Any, given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

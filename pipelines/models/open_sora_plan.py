@@ -461,7 +461,8 @@ class SelfAttnProcessor:
         """[B, S, N*D] to the same; `attention_mask` is the key bias, `image_rotary_emb` cos and sin [S, D]."""
         q, k, v = (_heads(layer(hidden_states), attn) for layer in (attn.to_q, attn.to_k, attn.to_v))
         if image_rotary_emb is not None:
-            q, k = rotate(q, *image_rotary_emb), rotate(k, *image_rotary_emb)
+            q = rotate(q, *image_rotary_emb)  # one after the other: the fp32 copies are large
+            k = rotate(k, *image_rotary_emb)
         out = self.attend(q, k, v, sparse=self.sparse, key_bias=attention_mask)
         return attn.to_out[1](attn.to_out[0](out.flatten(2)))
 
@@ -527,9 +528,11 @@ class Rotary3D(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate q or k [B, S, N, D] by the angles of its tokens, cos and sin [S, D], computed in fp32."""
-    low, high = x.float().unflatten(-1, (3, 2, -1)).unbind(-2)  # [B, S, N, 3, D/6]
-    turned = torch.stack((-high, low), dim=-2).flatten(-3)
-    return (x.float() * cos[:, None] + turned * sin[:, None]).to(x.dtype)
+    cos, sin = (table.unflatten(-1, (3, 2, -1))[:, None, :, 0] for table in (cos, sin))  # [S, 1, 3, D/6]
+    low, high = x.unflatten(-1, (3, 2, -1)).unbind(-2)  # [B, S, N, 3, D/6]
+    turned_low = (low * cos - high * sin).to(x.dtype)
+    turned_high = (high * cos + low * sin).to(x.dtype)
+    return torch.stack((turned_low, turned_high), dim=-2).flatten(-3)
 
 
 def video_bias(attention_mask: Tensor, patch_size: int) -> Tensor | None:
