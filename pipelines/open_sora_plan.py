@@ -9,12 +9,20 @@ C latent channels, T' H' W' latent frames, rows, cols, T H W frames, rows, cols 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel, TextContext
+from pipelines.models.open_sora_plan_loading import (
+    find_folders,
+    load_text_encoder,
+    load_tokenizer,
+    load_transformer,
+    load_vae,
+)
 from pipelines.models.wf_vae import WFVAEModel
 from pipelines.models.zero_snr_scheduler import ZeroSNREulerAncestralScheduler, check_steps, make_scheduler
 from videopipe.geometry import LatentGeometry, VideoSpec
@@ -29,6 +37,42 @@ MAX_SEQUENCE_LENGTH = 512
 DEFAULT_STEPS = 100
 DEFAULT_GUIDANCE_SCALE = 7.5
 DEFAULT_SPEC = VideoSpec(height=352, width=640, num_frames=93, fps=18.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenSoraPlanParts:
+    """The loaded models of a checkpoint, each on its device and in its dtype."""
+
+    tokenizer: Any
+    text_encoder: Any
+    transformer: OpenSoraPlanTransformer3DModel
+    vae: WFVAEModel
+
+
+def load_parts(
+    weights: Path,
+    *,
+    text_encoder: Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> OpenSoraPlanParts:
+    """Every part of a checkpoint, official or converted, on one device.
+
+    Args:
+        weights: folder of the checkpoint.
+        text_encoder: folder of mT5 where it lies elsewhere.
+        dtype: of the weights; the sampler's state is fp32 regardless.
+        device: where all parts go.
+    Raises:
+        ValueError: a part is not there, or its tensors do not fit the model; names every one.
+    """
+    folders = find_folders(weights, text_encoder)
+    return OpenSoraPlanParts(
+        tokenizer=load_tokenizer(folders.tokenizer),
+        text_encoder=load_text_encoder(folders.text_encoder, dtype, device),
+        transformer=load_transformer(folders.transformer, dtype, device),
+        vae=load_vae(folders.vae, dtype, device),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,16 +237,6 @@ def decode_frames(vae: WFVAEModel, latents: Tensor, chunk: int | None = None) ->
     for sample in vae.decode_stream(z, chunk):
         pixels = (sample.float() / 2 + 0.5).clamp(0, 1) * 255
         yield pixels[0].permute(1, 2, 3, 0).to(torch.uint8)  # cut off, not rounded, as upstream
-
-
-@dataclass(frozen=True, kw_only=True)
-class OpenSoraPlanParts:
-    """The loaded models of a checkpoint, each on its device and in its dtype."""
-
-    tokenizer: Any
-    text_encoder: Any
-    transformer: OpenSoraPlanTransformer3DModel
-    vae: WFVAEModel
 
 
 @torch.no_grad()

@@ -11,13 +11,7 @@ from transformers import MT5Config, MT5EncoderModel
 
 from pipelines import open_sora_plan as steps
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel, TextContext
-from pipelines.models.open_sora_plan_loading import (
-    find_folders,
-    load_text_encoder,
-    load_tokenizer,
-    load_transformer,
-    load_vae,
-)
+from pipelines.models.open_sora_plan_loading import find_folders, load_transformer
 from pipelines.models.zero_snr_scheduler import make_scheduler
 from pipelines.open_sora_plan import OpenSoraPlanParts, PromptEmbeds
 from tests.osp_recorded import Recorded
@@ -29,13 +23,7 @@ SMALL = VideoSpec(height=48, width=32, num_frames=9, fps=18)
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> OpenSoraPlanParts:
-    folders = find_folders(make_open_sora_plan(tmp_path_factory.mktemp("osp") / "tiny"))
-    return OpenSoraPlanParts(
-        tokenizer=load_tokenizer(folders.tokenizer),
-        text_encoder=load_text_encoder(folders.text_encoder),
-        transformer=load_transformer(folders.transformer),
-        vae=load_vae(folders.vae),
-    )
+    return steps.load_parts(make_open_sora_plan(tmp_path_factory.mktemp("osp") / "tiny"))
 
 
 def context(parts: OpenSoraPlanParts, prompt: str = "a red fox", guidance_scale: float = 7.5) -> TextContext:

@@ -60,7 +60,7 @@ def worst(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-@pytest.mark.parametrize("chunk", [None, 1, 3, 4])
+@pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_outputs(recorded: Recorded, model: WFVAEModel, case: str, chunk: int | None) -> None:
     inputs, outputs = recorded.part(f"{case}/inputs"), recorded.part(f"{case}/outputs")
@@ -108,7 +108,7 @@ def test_wavelets_are_inverted(frames: int) -> None:
 # --- chunks of time
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=16, deadline=None, derandomize=True)
 @given(frames=st.integers(1, 13), chunk=st.integers(1, 14), nearest=st.booleans(), batch=st.integers(1, 2))
 @example(frames=2, chunk=1, nearest=False, batch=1)  # upstream raises
 @example(frames=6, chunk=4, nearest=False, batch=1)  # upstream's tail is wrong
@@ -123,7 +123,7 @@ def test_decoding_in_chunks_equals_the_whole(frames: int, chunk: int, nearest: b
     assert worst(torch.cat(parts, dim=2), whole) < 1e-10
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(frames=st.integers(1, 9), chunk=st.integers(1, 10), batch=st.integers(1, 2))
 def test_encoding_in_chunks_equals_the_whole(frames: int, chunk: int, batch: int) -> None:
     x = clip(4 * frames - 3, batch=batch, seed=frames)
