@@ -1,7 +1,9 @@
 """The denoiser equals what the official code recorded, its sparse attention a naive one, its dense form diffusers'."""
 
+import ast
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -352,6 +354,15 @@ def test_inpainting_sums_three_embeddings() -> None:
     for embed in (model.pos_embed_masked_hidden_states, model.pos_embed_mask):
         embed[1].weight.zero_()
     assert torch.equal(model(**(given | {"hidden_states": three})).sample, plain(**given).sample)
+
+
+def test_models_know_nothing_of_ranks() -> None:
+    for file in sorted(Path(osp.__file__).parent.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{a.name}" for a in node.names]
+            assert not any(f"{name}.".startswith("torch.distributed.") for name in names), file
 
 
 def test_released_sizes() -> None:
