@@ -81,14 +81,16 @@ def test_parity_says_how_to_get_the_official_code() -> None:
     assert "git clone --branch v1.3.1" in result.output
 
 
-def test_parity_covers_every_kind_of_case() -> None:
-    jobs = list(parity_opensora.tiny_jobs())
-    assert {job.part for job in jobs} == {"denoiser", "vae"}
-    for job in jobs:
-        if job.name in ("skip-sparse", "inpainting", "WF-VAE"):
-            given = next(iter(job.inputs.values()))
-            for name, value in parity_opensora.run_ours(job.model.eval(), given).items():
-                assert value.std() > 0.05, (job.name, name)
+def test_parity_runs_both_parts() -> None:
+    first = {}
+    for job in parity_opensora.tiny_jobs():
+        first.setdefault(job.part, job)
+        if len(first) == 2:
+            break
+    for job in first.values():
+        given = next(iter(job.inputs.values()))
+        for name, value in parity_opensora.run_ours(job.model.eval(), given).items():
+            assert value.std() > 0.05, (job.name, name)
 
 
 # --- cost
