@@ -14,6 +14,7 @@ import typer
 from pipelines.cli_errors import CommandError
 from pipelines.cli_explain import explain
 from pipelines.cli_render import render
+from pipelines.compare_cli import compare
 
 app = typer.Typer(name="videopipe", add_completion=False, pretty_exceptions_enable=False)
 
@@ -38,6 +39,7 @@ def _options(
 # One line for one command; a command lives in a module of its own and imports torch only when it runs.
 app.command("render")(render)
 app.command("explain")(explain)
+app.command("compare")(compare)
 
 # What a misspelt option raises: click's UsageError, or typer's own copy of it; typer exports only this subclass.
 _UsageError: type[Exception] = typer.BadParameter.__bases__[0]

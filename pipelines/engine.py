@@ -337,11 +337,11 @@ class Engine:
                 self._hear(what, argument)
             now = time.monotonic()
             for news in self._launcher.ended():
-                self._faults.ended(news, self._doing(news.rank), now)
+                self._faults.ended(news, self.doing(news.rank), now)
             if now < next_check:
                 continue
             next_check = now + TICK_MS / 1000
-            sign = self._faults.check(now, {rank: self._doing(rank) for rank in range(self.config.world_size)})
+            sign = self._faults.check(now, {rank: self.doing(rank) for rank in range(self.config.world_size)})
             if sign is not None:
                 raise faults.RankError(sign.rank, self.role(sign.rank), sign.kind, sign.what, sign.doing, sign.details)
 
@@ -609,7 +609,7 @@ class Engine:
 
     # -- what is going on
 
-    def _doing(self, rank: int) -> faults.Doing:
+    def doing(self, rank: int) -> faults.Doing:
         """What a rank is at, as far as the engine can tell from what it has been told to do."""
         if rank not in self._hosts:
             return faults.Doing("start")
