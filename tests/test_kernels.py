@@ -26,7 +26,7 @@ from dit_group.kernels import (
     sage,
     sdpa_math,
 )
-from videopipe.config import AttentionConfig, AttentionKernel
+from videopipe.config import AttentionConfig, AttentionKernel, ConfigError, load_config
 
 CPU = torch.device("cpu")
 ON_CPU = ["sdpa", "sdpa-flash", "sdpa-math", "math"]
@@ -121,6 +121,16 @@ def test_nothing_to_do_is_no_crash(shape: tuple[int, ...]) -> None:
             out, lse = kernel(q, k, v, None)
             assert out.shape == q.shape and not out.any()
             assert lse.shape == (2, shape[3], shape[1]) and bool(lse.isneginf().all())
+
+
+def test_the_configuration_knows_which_kernels_merge() -> None:
+    for name, kernel in KERNELS.items():
+        overrides = [f"model.attention_kernel={name}", "attention.strategy=usp"]
+        if kernel in WITH_LSE:
+            assert load_config(None, overrides).model.attention_kernel == name
+        else:
+            with pytest.raises(ConfigError, match=f"'{name}' gives no log-sum-exp.*nearest is 'sdpa'"):
+                load_config(None, overrides)
 
 
 # -- twins: mistakes that these tests must see

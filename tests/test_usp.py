@@ -280,6 +280,7 @@ def test_a_mesh_of_another_size_is_refused(mesh: MeshGroups | None) -> None:
             "groups.dit_ranks=6, nearest is 3",
         ),
         (["attention.strategy=usp", "attention.ulysses_degree=-1"], "ulysses_degree=-1 must be at least 0"),
+        (["attention.strategy=ring", "attention.co_processing=on"], "co_processing='on' means nothing to .*'off'"),
         (["attention.strategy=ring", "model.attention_kernel=sdpa-cudnn"], "'sdpa-cudnn' gives no log-sum-exp"),
     ],
 )
