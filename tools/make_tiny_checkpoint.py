@@ -4,12 +4,10 @@ import json
 import math
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
 from diffusers import (
@@ -22,6 +20,9 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers.models import BPE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
+
+from tools.tiny_open_sora_plan import make_open_sora_plan
+from tools.tiny_weights import Scale, fan_in, fill, without_progress_bars
 
 LLAMA_BOS, LLAMA_EOS, LLAMA_PAD = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"
 LLAMA_SPECIAL = (LLAMA_BOS, LLAMA_EOS, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", LLAMA_PAD)
@@ -140,10 +141,10 @@ def make_hunyuan_video(
     )
     vae = AutoencoderKLHunyuanVideo(block_out_channels=tuple(vae_channels), norm_num_groups=2)
 
-    _fill(text_encoder, "text_encoder", seed, _text_scale)
-    _fill(text_encoder_2, "text_encoder_2", seed, _text_scale)
-    _fill(transformer, "transformer", seed, _transformer_scale)
-    _fill(vae, "vae", seed, _vae_scale)
+    fill(text_encoder, "text_encoder", seed, _text_scale)
+    fill(text_encoder_2, "text_encoder_2", seed, _text_scale)
+    fill(transformer, "transformer", seed, _transformer_scale)
+    fill(vae, "vae", seed, _vae_scale)
 
     pipe = HunyuanVideoPipeline(
         text_encoder=text_encoder,
@@ -157,7 +158,10 @@ def make_hunyuan_video(
     return _write(pipe, output, {"tokenizer": ["transformers", "PreTrainedTokenizerFast"]})
 
 
-MODELS: dict[str, Callable[..., Path]] = {"hunyuan-video": make_hunyuan_video}
+MODELS: dict[str, Callable[..., Path]] = {
+    "hunyuan-video": make_hunyuan_video,
+    "open-sora-plan": make_open_sora_plan,
+}
 
 
 def _write(pipe: Any, output: Path, index_overrides: dict[str, Any]) -> Path:
@@ -168,7 +172,8 @@ def _write(pipe: Any, output: Path, index_overrides: dict[str, Any]) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
-        pipe.save_pretrained(part, safe_serialization=True)
+        with without_progress_bars():
+            pipe.save_pretrained(part, safe_serialization=True)
         index_file = part / "model_index.json"
         index = json.loads(index_file.read_text()) | index_overrides
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -180,27 +185,7 @@ def _write(pipe: Any, output: Path, index_overrides: dict[str, Any]) -> Path:
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
-Scale = tuple[float, float]
 """Mean and standard deviation of one parameter's values."""
-
-
-def _fill(model: torch.nn.Module, component: str, seed: int, scale: Callable[[str, torch.Tensor], Scale]) -> None:
-    """Overwrite every parameter with uniform noise of the mean and deviation that `scale(name, parameter)` gives.
-
-    Uniform, because that only scales integers: the bytes are the same on every CPU, which the logarithms and cosines
-    behind normal noise do not promise. Each parameter has a stream of its own, so that adding a block leaves the
-    other blocks as they were. NumPy's streams, because torch's CPU generator uses the low 32 bits of a seed only.
-    """
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean, std = scale(name, parameter)
-            stream = zlib.crc32(f"{component}.{name}".encode())
-            noise = np.random.default_rng([seed, stream]).random(tuple(parameter.shape), dtype=np.float32)
-            parameter.copy_(torch.from_numpy(noise).sub_(0.5).mul_(math.sqrt(12.0) * std).add_(mean))
-
-
-def _fan_in(weight: torch.Tensor) -> int:
-    return weight[0].numel()
 
 
 def _text_scale(name: str, parameter: torch.Tensor) -> Scale:
@@ -212,7 +197,7 @@ def _text_scale(name: str, parameter: torch.Tensor) -> Scale:
         return 0.0, 1.0
     if "position_embedding" in name:
         return 0.0, 0.5
-    return 0.0, 1.5 / math.sqrt(_fan_in(parameter))
+    return 0.0, 1.5 / math.sqrt(fan_in(parameter))
 
 
 def _transformer_scale(name: str, parameter: torch.Tensor) -> Scale:
@@ -227,12 +212,12 @@ def _transformer_scale(name: str, parameter: torch.Tensor) -> Scale:
         if "norm_added_k" in name:  # a few text tokens among many of video: they too must draw attention
             return 2.5, 0.1
         return (1.5, 0.1) if "attn.norm" in name else (1.0, 0.1)
-    fan_in = _fan_in(parameter)
+    inputs = fan_in(parameter)
     if "norm" in name:  # adaLN: shifts, scales and gates of about 0.5, none of them zero
-        return 0.0, 0.7 / math.sqrt(fan_in)
+        return 0.0, 0.7 / math.sqrt(inputs)
     if name == "proj_out.weight":
-        return 0.0, 1.0 / math.sqrt(fan_in)
-    return 0.0, 1.4 / math.sqrt(fan_in)
+        return 0.0, 1.0 / math.sqrt(inputs)
+    return 0.0, 1.4 / math.sqrt(inputs)
 
 
 def _vae_scale(name: str, parameter: torch.Tensor) -> Scale:
@@ -241,12 +226,12 @@ def _vae_scale(name: str, parameter: torch.Tensor) -> Scale:
         return 0.0, 0.1
     if parameter.ndim == 1:
         return 1.0, 0.1
-    fan_in = _fan_in(parameter)
+    inputs = fan_in(parameter)
     if name.startswith("decoder.conv_out"):
-        return 0.0, 0.8 / math.sqrt(fan_in)
+        return 0.0, 0.8 / math.sqrt(inputs)
     if ".conv1." in name or ".conv2." in name:  # after SiLU, whose root mean square is about 0.6
-        return 0.0, 1.6 / math.sqrt(fan_in)
-    return 0.0, 1.0 / math.sqrt(fan_in)
+        return 0.0, 1.6 / math.sqrt(inputs)
+    return 0.0, 1.0 / math.sqrt(inputs)
 
 
 def _rope_axes(head_dim: int) -> tuple[int, int, int]:

@@ -6,20 +6,19 @@ import os
 import shutil
 import string
 import struct
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import MT5Config, MT5ForConditionalGeneration
 
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel
 from pipelines.models.spiece import PieceKind
 from pipelines.models.wf_vae import HAAR_2D_SCALE, HAAR_3D_SCALE, WFVAEModel
 from pipelines.open_sora_plan import NEGATIVE_PROMPT, PROMPT_TEMPLATE
+from tools.tiny_weights import Scale, fan_in, fill
 
 SHARDS = 2
 _WORDS = (
@@ -29,7 +28,6 @@ _WORDS = (
     "small two three cinematic light detail realistic"
 )
 
-Scale = tuple[float, float]
 """Mean and standard deviation of one tensor's values."""
 
 
@@ -99,9 +97,9 @@ def make_open_sora_plan(
     text = MT5ForConditionalGeneration(
         MT5Config(vocab_size=len(pieces), d_model=48, d_kv=12, num_heads=4, d_ff=96, num_layers=2, num_decoder_layers=1)
     )
-    _fill(transformer, "transformer", seed, _transformer_scale)
-    _fill(vae, "vae", seed, _vae_scale)
-    _fill(text, "text_encoder", seed, _text_scale)
+    fill(transformer, "transformer", seed, _transformer_scale)
+    fill(vae, "vae", seed, _vae_scale)
+    fill(text, "text_encoder", seed, _text_scale)
 
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
@@ -188,20 +186,6 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def _fill(model: nn.Module, component: str, seed: int, scale: Callable[[str, Tensor], Scale]) -> None:
-    """Overwrite every parameter with uniform noise, from a stream of its own, by the scale of its name."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            mean, std = scale(name, parameter)
-            stream = zlib.crc32(f"{component}.{name}".encode())
-            noise = np.random.default_rng([seed, stream]).random(tuple(parameter.shape), dtype=np.float32)
-            parameter.copy_(torch.from_numpy(noise).sub_(0.5).mul_(math.sqrt(12.0) * std).add_(mean))
-
-
-def _fan_in(weight: Tensor) -> int:
-    return weight[0].numel()
-
-
 def _transformer_scale(name: str, parameter: Tensor) -> Scale:
     """Sharp attention, so that masks and groups bite, and a v of about unit deviation."""
     if name.endswith("scale_shift_table"):
@@ -209,7 +193,7 @@ def _transformer_scale(name: str, parameter: Tensor) -> Scale:
     if name.endswith("bias"):
         return 0.0, 0.1
     sharp = "to_q" in name or "to_k" in name
-    return 0.0, (1.6 if sharp else 1.0) / math.sqrt(_fan_in(parameter))
+    return 0.0, (1.6 if sharp else 1.0) / math.sqrt(fan_in(parameter))
 
 
 def _vae_scale(name: str, parameter: Tensor) -> Scale:
@@ -218,12 +202,12 @@ def _vae_scale(name: str, parameter: Tensor) -> Scale:
         return 0.0, 0.1
     if parameter.ndim == 1:
         return 1.0, 0.1
-    fan_in = _fan_in(parameter)
+    inputs = fan_in(parameter)
     if name.startswith("decoder.conv_out") or (name.startswith("decoder.connect") and name.endswith(".2.weight")):
-        return 0.0, 0.2 / math.sqrt(fan_in)
+        return 0.0, 0.2 / math.sqrt(inputs)
     if name.startswith("decoder.conv_in"):  # latents of the VAE are 5.5 times those of the denoiser
-        return 0.0, 0.3 / math.sqrt(fan_in)
-    return 0.0, 1.1 / math.sqrt(fan_in)
+        return 0.0, 0.3 / math.sqrt(inputs)
+    return 0.0, 1.1 / math.sqrt(inputs)
 
 
 def _text_scale(name: str, parameter: Tensor) -> Scale:
@@ -231,7 +215,7 @@ def _text_scale(name: str, parameter: Tensor) -> Scale:
         return 1.0, 0.1
     if "shared" in name or "relative_attention_bias" in name:
         return 0.0, 1.0
-    return 0.0, 1.0 / math.sqrt(_fan_in(parameter))
+    return 0.0, 1.0 / math.sqrt(fan_in(parameter))
 
 
 def _bytes_field(number: int, value: bytes) -> bytes:
