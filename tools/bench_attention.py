@@ -36,8 +36,6 @@ from videopipe.partition import JointSequence, Mesh
 from videopipe.runtime import MeshGroups, Runtime, end_runtime, start_mesh, start_runtime, synchronize
 from videopipe.scheduler import helper_sets
 
-STRATEGIES: dict[str, type[Ulysses] | type[Ring]] = {"ulysses": Ulysses, "ring": Ring}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
