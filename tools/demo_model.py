@@ -96,7 +96,8 @@ def build_vae(size: VaeSize) -> AutoencoderKLHunyuanVideo:
         for name, module in vae.named_modules():
             if not isinstance(module, nn.Conv3d):
                 continue
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
             each = torch.arange(module.out_channels)
             if ".conv2." in name:
                 nn.init.zeros_(module.weight)
@@ -128,7 +129,7 @@ def build_transformer(size: DitSize, latent_channels: int) -> HunyuanVideoTransf
         pooled_projection_dim=shape.text_width,
         rope_axes_dim=shape.rope,
     )
-    zeroed: list[nn.Module] = [dit.proj_out, dit.norm_out.linear, dit.time_text_embed.guidance_embedder.linear_2]
+    zeroed: list[nn.Linear] = [dit.proj_out, dit.norm_out.linear, dit.time_text_embed.guidance_embedder.linear_2]
     for block in dit.transformer_blocks:
         zeroed += [block.norm1.linear, block.norm1_context.linear]
     zeroed += [block.norm.linear for block in dit.single_transformer_blocks]
@@ -182,9 +183,7 @@ def build_text_encoders(
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 
 
-def _byte_level_bpe(
-    corpus: Iterable[str], special: Sequence[str], vocab_size: int, *, lowercase: bool
-) -> Tokenizer:
+def _byte_level_bpe(corpus: Iterable[str], special: Sequence[str], vocab_size: int, *, lowercase: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     if lowercase:
         tokenizer.normalizer = normalizers.Lowercase()

@@ -52,6 +52,7 @@ _TURN = math.pi  # a rotating shape makes half a turn, clockwise: every allowed 
 _GROW_FROM = 0.55
 _BAR_RATIO = 2.6
 _TRAVEL = (0.26, 0.42)
+_MARGIN = 0.02
 
 # Half extents of each shape of radius 1: right/left, up, down, and the circle around it (for rotation).
 _HALF = math.sqrt(math.pi) / 2
@@ -199,8 +200,8 @@ def _placed(thing: MovingObject, rng: np.random.Generator, lane: tuple[float, fl
     side, up, down, around = (radius * e for e in _EXTENTS[thing.shape])
     if thing.motion == "rotate":
         side = up = down = around
-    x0, x1 = lane[0] + side, lane[1] - side
-    y0, y1 = up, bottom - down
+    x0, x1 = _inset(lane[0] + side, lane[1] - side)
+    y0, y1 = _inset(up, bottom - down)
     x, y, travel = rng.random(), rng.random(), rng.uniform(*_TRAVEL)
     if thing.motion in ("left", "right"):
         travel = min(travel, x1 - x0)
@@ -218,9 +219,13 @@ def _placed(thing: MovingObject, rng: np.random.Generator, lane: tuple[float, fl
     return [cx, cy, cx, cy]
 
 
-def render(
-    scene: Scene, num_frames: int, height: int, width: int, *, times: Sequence[float] | None = None
-) -> Bytes:
+def _inset(low: float, high: float) -> tuple[float, float]:
+    """The range less a margin on both sides, which shrinks where there is no room (two rotating shapes can touch)."""
+    margin = min(_MARGIN, (high - low) / 2)
+    return low + margin, high - margin
+
+
+def render(scene: Scene, num_frames: int, height: int, width: int, *, times: Sequence[float] | None = None) -> Bytes:
     """Frames uint8 [T, H, W, 3] of a scene, anti-aliased; the same scene and size give the same bytes.
 
     Args:
@@ -233,7 +238,8 @@ def render(
     if num_frames < 1:
         raise ValueError(f"num_frames={num_frames} must be at least 1, nearest is 1")
     if min(height, width) < 16:
-        raise ValueError(f"height={height}, width={width} must be at least 16, nearest is {max(16, min(height, width))}")
+        near = f"{max(16, height)} and {max(16, width)}"
+        raise ValueError(f"height={height}, width={width} must be at least 16, nearest is {near}")
     if times is not None and len(times) != num_frames:
         raise ValueError(f"times holds {len(times)} moments for num_frames={num_frames}, need {num_frames}")
     moments = np.linspace(0, 1, num_frames) if times is None else np.asarray(times)
@@ -252,7 +258,8 @@ def render(
         path = s
         if thing.motion == "bounce":  # falls under gravity, meets the floor half-way, rises as it fell
             path = np.where(s < 0.5, (2 * s) ** 2, (2 - 2 * s) ** 2)
-        radius = np.float32(SIZES[thing.size]) * (_GROW_FROM + (1 - _GROW_FROM) * s if thing.motion == "grow" else 1)
+        growth = _GROW_FROM + (1 - _GROW_FROM) * s if thing.motion == "grow" else np.ones_like(s)
+        radius = np.asarray(SIZES[thing.size] * growth, np.float32)
         dx, dy = xs - (x_from + (x_to - x_from) * path), ys - (y_from + (y_to - y_from) * path)
         if thing.motion == "rotate":
             cos, sin = np.cos(_TURN * s), np.sin(_TURN * s)
@@ -273,9 +280,18 @@ _NOUNS = {
     "bar": ("bar", "rectangle"),
 }
 _SIZE_WORDS = {"small": ("small", "little"), "large": ("large", "big")}
-_BACKGROUND_WORDS = {"black": ("black",), "white": ("white",), "gray": ("gray", "grey"), "gradient": ("gradient", "shaded")}
+_BACKGROUND_WORDS = {
+    "black": ("black",),
+    "white": ("white",),
+    "gray": ("gray", "grey"),
+    "gradient": ("gradient", "shaded"),
+}
 _VERBS = {  # (present tense, -ing form)
-    "left": (("moves left", "moving left"), ("slides to the left", "sliding to the left"), ("goes leftward", "going leftward")),
+    "left": (
+        ("moves left", "moving left"),
+        ("slides to the left", "sliding to the left"),
+        ("goes leftward", "going leftward"),
+    ),
     "right": (
         ("moves right", "moving right"),
         ("slides to the right", "sliding to the right"),
@@ -283,7 +299,11 @@ _VERBS = {  # (present tense, -ing form)
     ),
     "up": (("moves up", "moving up"), ("rises", "rising"), ("floats upward", "floating upward")),
     "down": (("moves down", "moving down"), ("sinks", "sinking"), ("slides downward", "sliding downward")),
-    "bounce": (("bounces", "bouncing"), ("bounces off the ground", "bouncing off the ground"), ("hops once", "hopping once")),
+    "bounce": (
+        ("bounces", "bouncing"),
+        ("bounces off the ground", "bouncing off the ground"),
+        ("hops once", "hopping once"),
+    ),
     "grow": (("grows", "growing"), ("gets bigger", "getting bigger"), ("expands", "expanding")),
     "rotate": (("rotates", "rotating"), ("spins", "spinning"), ("turns around", "turning around")),
     "still": (("stays still", "staying still"), ("does not move", "not moving"), ("rests", "resting")),
@@ -299,7 +319,7 @@ def caption(scene: Scene, rng: np.random.Generator | None = None, *, omit: float
     """
 
     def pick(words: Sequence[str]) -> str:
-        return words[0] if rng is None else words[rng.integers(len(words))]
+        return words[0] if rng is None else words[int(rng.integers(len(words)))]
 
     def says() -> bool:
         return rng is None or rng.random() >= omit
@@ -371,7 +391,9 @@ def _templates() -> tuple[list[str], Floats, Floats]:
         for step in range(steps):
             angle = math.radians(10 * step)
             cos, sin = math.cos(angle), math.sin(angle)
-            distance = signed_distance(shape, cos * x + sin * y, cos * y - sin * x, 1.0)
+            turned_x = np.asarray(cos * x + sin * y, np.float32)
+            turned_y = np.asarray(cos * y - sin * x, np.float32)
+            distance = signed_distance(shape, turned_x, turned_y, 1.0)
             names.append(shape)
             angles.append(angle)
             masks.append(np.clip(0.5 - distance / 0.12, 0, 1))
@@ -402,7 +424,7 @@ class Detector:
         if frames.ndim != 4 or frames.shape[-1] != 3:
             raise ValueError(f"frames of shape {frames.shape} cannot be read, need [T, H, W, 3]")
         if frames.dtype == np.uint8:
-            video = frames.astype(np.float32) / 255
+            video = np.asarray(frames, np.float32) / np.float32(255)
         elif np.issubdtype(frames.dtype, np.floating):
             video = frames.astype(np.float32)
         else:
@@ -455,7 +477,7 @@ class Detector:
         )
 
     def _overlaps(self, mask: Floats, x: Floats, y: Floats, radius: Floats) -> Floats:
-        """Intersection over union [T, K] of each frame, resampled to radius 1 around its centroid, with each template."""
+        """Overlap [T, K] of each frame, resampled to radius 1 around its centroid, with each template."""
         num_frames, height, width = mask.shape
         axis = ((np.arange(_GRID, dtype=np.float32) + 0.5) / _GRID * 2 - 1) * _REACH
         px = x[:, None] + axis * radius[:, None] - 0.5  # [T, G] in pixels
@@ -552,7 +574,7 @@ def score(scene: Scene, reading: Reading) -> list[dict[str, bool]]:
 
 def blur_and_noise(frames: Bytes, blur: float, noise: float, rng: np.random.Generator) -> Floats:
     """What a lossy codec makes of a clip: a Gaussian blur of `blur` pixels, then Gaussian noise of `noise` (of 1)."""
-    video = frames.astype(np.float32) / 255
+    video = np.asarray(frames, np.float32) / np.float32(255)
     if blur > 0:
         reach = max(1, math.ceil(3 * blur))
         kernel = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1) / blur))
@@ -564,7 +586,7 @@ def blur_and_noise(frames: Bytes, blur: float, noise: float, rng: np.random.Gene
             video = sum(w * padded.take(range(i, i + size), axis=axis) for i, w in enumerate(kernel))
     if noise > 0:
         video = video + rng.standard_normal(video.shape, dtype=np.float32) * np.float32(noise)
-    return np.clip(video, 0, 1)
+    return np.asarray(np.clip(video, 0, 1), np.float32)
 
 
 def confusion(

@@ -1,7 +1,7 @@
 """Train the demo model on MovingShapes from scratch: the VAE first, then the DiT with its two text encoders.
 
-    python -m tools.train_demo_model --run runs/demo --stage all --minutes 60        # again and again: it resumes
-    python -m tools.train_demo_model --run runs/demo --stage export --export models/demo
+    python -m tools.train_demo_model --run out/demo_run --stage all --resume --minutes 60     # again and again
+    python -m tools.train_demo_model --run out/demo_run --stage export --export out/demo_model
 
 Everything random is a function of (seed, stage, iteration), so the iteration number is the whole random state and a
 run that was stopped and resumed ends in the same weights, bit for bit, as one that was not (same device and threads).
@@ -12,6 +12,7 @@ import ctypes
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +88,8 @@ class Recipe:
         for name in ("height", "width"):
             value = getattr(self, name)
             if value < 32 or value % 16:
-                raise ValueError(f"{name}={value} must be a multiple of 16, at least 32, nearest is {max(32, 16 * round(value / 16))}")
+                near = max(32, 16 * round(value / 16))
+                raise ValueError(f"{name}={value} must be a multiple of 16, at least 32, nearest is {near}")
         for name in ("vae_iterations", "dit_iterations", "cached_clips", "batch_scale", "vae_lr", "dit_lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
@@ -129,10 +131,10 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def open_run(run: Path, recipe: Recipe) -> None:
-    """Create the run directory, or make sure that it was begun with the same recipe.
+    """Create the run directory, or make sure that it was begun with the same recipe (the two totals may differ).
 
     Raises:
-        ValueError: a field other than the two totals differs.
+        ValueError: another field differs.
     """
     run.mkdir(parents=True, exist_ok=True)
     file = run / "recipe.json"
@@ -141,7 +143,7 @@ def open_run(run: Path, recipe: Recipe) -> None:
         for field in fields(Recipe):
             old, new = before[field.name], getattr(recipe, field.name)
             if field.name not in ("vae_iterations", "dit_iterations") and old != new:
-                raise ValueError(f"{field.name}={new!r} differs from {old!r} in {file.name}: begin another run directory")
+                raise ValueError(f"{field.name}={new!r} differs from {old!r} of this run: begin another directory")
     temporary = file.with_suffix(".part")
     temporary.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     temporary.rename(file)
@@ -195,7 +197,7 @@ class Ema:
 
 
 def learning_rate(peak: float, iteration: int, total: int, decay_from: float) -> float:
-    """Linear warm-up over 100 iterations, constant, then a half cosine to 2 % of the peak from `decay_from` of the total."""
+    """Warm-up over 100 iterations, constant, and from `decay_from` of the total a half cosine to 2 % of the peak."""
     warm = min(1.0, (iteration + 1) / 100)
     late = max(0.0, (iteration / total - decay_from) / (1 - decay_from))
     return peak * warm * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, late))))
@@ -259,10 +261,11 @@ class Trainer:
         self.iteration, self.seconds = 0, 0.0
         if self.file.exists():
             state = torch.load(self.file, map_location=compute.device, weights_only=True)
-            for name, module in modules.items():
-                module.load_state_dict(state["modules"][name])
-            self.optimizer.load_state_dict(state["optimizer"])
             self.ema.values = state["ema"]
+            for name, module in modules.items():
+                module.load_state_dict(state["modules"][name] if "modules" in state else self.ema.state_of(name))
+            if "optimizer" in state:  # a slim checkpoint has neither: it starts from the average, with fresh moments
+                self.optimizer.load_state_dict(state["optimizer"])
             self.iteration, self.seconds = state["iteration"], state["seconds"]
         self.log = open_log(run, stage, self.iteration)
 
@@ -298,7 +301,7 @@ class Trainer:
                 group["lr"] = learning_rate(self.lr, self.iteration, self.total, self.decay_from)
             loss, parts = loss_of(batch, self.iteration)
             self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.ema.update(self.iteration)
@@ -384,7 +387,9 @@ def _edge_weight(video: Tensor) -> Tensor:
     return weight / weight.mean()
 
 
-def vae_loss(vae: AutoencoderKLHunyuanVideo, video: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+def vae_loss(
+    vae: AutoencoderKLHunyuanVideo, video: Tensor, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Edge-weighted L1 + MSE and a small KL of the reconstruction of video [B, 3, T, H, W] in [-1, 1]."""
     mean, logvar = vae.quant_conv(vae.encoder(video)).float().chunk(2, dim=1)
     logvar = logvar.clamp(-30, 20)
@@ -399,8 +404,9 @@ def vae_loss(vae: AutoencoderKLHunyuanVideo, video: Tensor, generator: torch.Gen
 def reconstruct(vae: AutoencoderKLHunyuanVideo, frames: Tensor) -> Tensor:
     """uint8 [B, T, H, W, 3] through the class's own encode and decode (framewise tiles and all), as shipped."""
     video = (frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1).to(vae.dtype)
-    back = vae.decode(vae.encode(video).latent_dist.mode()).sample
-    return ((back.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+    back: Tensor = vae.decode(vae.encode(video).latent_dist.mode()).sample
+    frames = ((back.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return frames.permute(0, 2, 3, 4, 1)
 
 
 @torch.no_grad()
@@ -410,9 +416,7 @@ def evaluate_vae(vae: AutoencoderKLHunyuanVideo, recipe: Recipe, num_clips: int)
     psnr: list[float] = []
     rights: list[dict[str, bool]] = []
     for first in range(0, num_clips, 8):
-        scenes = [
-            scene_at(recipe.seed + 1_000_003, i, split="any") for i in range(first, min(first + 8, num_clips))
-        ]
+        scenes = [scene_at(recipe.seed + 1_000_003, i, split="any") for i in range(first, min(first + 8, num_clips))]
         frames = np.stack([render(s, recipe.num_frames, recipe.height, recipe.width) for s in scenes])
         back = reconstruct(vae, torch.from_numpy(frames).to(vae.device)).cpu().numpy()
         for scene, real, made in zip(scenes, frames, back, strict=True):
@@ -513,7 +517,8 @@ def _encode_clips(
             for i in range(size)
         ]
     )
-    return vae.encode(_to_input(frames).to(vae.device)).latent_dist.mode().half().cpu()
+    latents: Tensor = vae.encode(_to_input(frames).to(vae.device)).latent_dist.mode()
+    return latents.half().cpu()
 
 
 @dataclass(frozen=True, slots=True)
@@ -558,9 +563,7 @@ class _DitBatches:
         rng = np.random.default_rng([r.seed, _DIT, iteration])
         batch = (64 if iteration < 0.15 * r.dit_iterations else 32) * r.batch_scale
         index = rng.integers(r.cached_clips, size=max(1, round(batch)))
-        captions = [
-            "" if rng.random() < 0.1 else caption(_cached_scene(r, int(i)), rng, omit=0.1) for i in index
-        ]
+        captions = ["" if rng.random() < 0.1 else caption(_cached_scene(r, int(i)), rng, omit=0.1) for i in index]
         return {"index": torch.from_numpy(index), **tokenize(captions, self.tokenizer, self.tokenizer_2)}
 
 
@@ -624,9 +627,9 @@ def _build_parts(run: Path, recipe: Recipe, compute: Compute) -> _Parts:
     torch.manual_seed(recipe.seed)
     dit = build_transformer(recipe.dit, VAE_SHAPES[recipe.vae].latent_channels).to(compute.device)
     llama, clip = build_text_encoders(recipe.dit, tokenizer, tokenizer_2)
-    return _Parts(
-        dit=dit, llama=llama.to(compute.device), clip=clip.to(compute.device), tokenizer=tokenizer, tokenizer_2=tokenizer_2
-    )
+    llama.to(compute.device)
+    clip.to(compute.device)
+    return _Parts(dit=dit, llama=llama, clip=clip, tokenizer=tokenizer, tokenizer_2=tokenizer_2)
 
 
 def train_dit(run: Path, recipe: Recipe, compute: Compute, *, accept_vae: bool) -> bool:
@@ -693,8 +696,9 @@ def evaluate_prompts(
     for first in range(0, compute.eval_prompts, 16):
         numbers = range(first, min(first + 16, compute.eval_prompts))
         scenes = [scene_at(recipe.seed + 2_000_003, i, split=split) for i in numbers]
+        wording = [np.random.default_rng([recipe.seed, _EVAL, i]) for i in numbers]
         video = pipe(
-            prompt=[caption(s, np.random.default_rng([recipe.seed, _EVAL, i])) for s, i in zip(scenes, numbers, strict=True)],
+            prompt=[caption(s, rng) for s, rng in zip(scenes, wording, strict=True)],
             height=recipe.height,
             width=recipe.width,
             num_frames=recipe.num_frames,
@@ -731,7 +735,7 @@ trained to nothing). `negative_prompt=""` with `true_cfg_scale` above 1 gives cl
 
 - Words it knows: {words}.
 - One clip is {num_frames} frames of {height}x{width}; other sizes run but were not trained.
-- Weights: {dtype}, moving averages. Trained for {vae_iterations:,} VAE and {dit_iterations:,} DiT iterations, seed {seed}.
+- Weights: {dtype}, moving averages, after {vae_iterations:,} VAE and {dit_iterations:,} DiT iterations, seed {seed}.
 - It knows nothing but MovingShapes; other prompts give some MovingShapes clip.
 """
 
@@ -783,6 +787,24 @@ def export(run: Path, out: Path, recipe: Recipe, compute: Compute, dtype: torch.
     return export_pipeline(pipe, out, dtype, card)
 
 
+def slim(run: Path, out: Path) -> None:
+    """Copy a run without optimizer state and cached latents: about an eighth of the bytes, enough to go on from.
+
+    Training resumed from the copy starts at the averaged weights with a fresh optimizer.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for stage in ("vae", "dit"):
+        if (run / f"{stage}.ckpt").exists():
+            state = torch.load(run / f"{stage}.ckpt", map_location="cpu", weights_only=True)
+            save_atomic({key: state[key] for key in ("ema", "iteration", "seconds")}, out / f"{stage}.ckpt")
+    for name in ("recipe.json", "curves.jsonl", "vae.safetensors"):
+        if (run / name).exists():
+            shutil.copyfile(run / name, out / name)
+    for name in ("tokenizer", "tokenizer_2"):
+        if (run / name).exists():
+            shutil.copytree(run / name, out / name, dirs_exist_ok=True)
+
+
 # --- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -801,10 +823,11 @@ def keep_freed_memory() -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, resume or export, as the arguments say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="directory of checkpoints and curves; resumes what is there")
-    parser.add_argument("--stage", choices=("vae", "dit", "all", "evaluate-vae", "export"), required=True)
+    parser.add_argument("--run", type=Path, required=True, help="directory of checkpoints and curves")
+    parser.add_argument("--resume", action="store_true", help="continue the run that the directory holds, if any")
+    parser.add_argument("--stage", choices=("vae", "dit", "all", "evaluate-vae", "export", "slim"), required=True)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop, with a checkpoint, after so long")
-    parser.add_argument("--vae-minutes", type=float, default=math.inf, help="with --stage all: go on to the DiT after so long")
+    parser.add_argument("--vae-minutes", type=float, default=math.inf, help="--stage all: then go on to the DiT")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     parser.add_argument("--workers", type=int, default=0, help="processes that render batches ahead (0: in this one)")
@@ -842,8 +865,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         cached_clips=args.cached_clips,
     )
     recipe.check()
-    if args.stage == "export" and args.export is None:
-        raise ValueError("stage='export' needs --export DIRECTORY")
+    if args.stage in ("export", "slim") and args.export is None:
+        raise ValueError(f"stage={args.stage!r} needs --export DIRECTORY")
+    if args.stage in ("vae", "dit", "all") and not args.resume and (args.run / "recipe.json").exists():
+        raise ValueError(f"run={str(args.run)!r} already holds a run: pass --resume to continue it")
+    if args.stage == "slim":
+        slim(args.run, args.export)
+        return 0
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
@@ -856,11 +884,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         eval_s=60 * args.eval_minutes,
         eval_prompts=args.eval_prompts,
     )
-    open_run(args.run, recipe)
+    if args.stage in ("vae", "dit", "all"):
+        open_run(args.run, recipe)
+    else:  # look at a run: its own recipe, whatever the other arguments
+        recipe = Recipe(**json.loads((args.run / "recipe.json").read_text()))
     if args.stage == "evaluate-vae":
         state = torch.load(args.run / "vae.ckpt", map_location=compute.device, weights_only=True)
         vae = _vae_of({k.removeprefix("vae."): v for k, v in state["ema"].items()}, recipe, compute)
-        sys.stdout.write(json.dumps({"iteration": state["iteration"], **evaluate_vae(vae, recipe, args.eval_prompts)}) + "\n")
+        scores = evaluate_vae(vae, recipe, args.eval_prompts)
+        sys.stdout.write(json.dumps({"iteration": state["iteration"], **scores}) + "\n")
     if args.stage in ("vae", "all"):
         sooner = min(compute.deadline, begun + 60 * args.vae_minutes)
         done = train_vae(args.run, recipe, replace(compute, deadline=sooner))
