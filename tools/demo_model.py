@@ -358,7 +358,10 @@ def export_pipeline(pipe: HunyuanVideoPipeline, out: Path, dtype: torch.dtype, c
         index[name] = ["transformers", "PreTrainedTokenizerFast"]
     index_file.write_text(json.dumps(index, indent=2) + "\n")
     (temporary / "README.md").write_text(card)
-    size = sum(f.stat().st_size for f in temporary.rglob("*") if f.is_file())
+    files = [f for f in temporary.rglob("*") if f.is_file()]
+    for file in files:
+        file.chmod(0o644)
+    size = sum(f.stat().st_size for f in files)
     if size > MAX_BYTES:
         shutil.rmtree(temporary)
         raise ValueError(f"the pipeline has {size} bytes in {dtype}, more than {MAX_BYTES}: choose smaller sizes")
