@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +294,23 @@ def test_training_text_equals_the_pipelines_text(tokenizers: tuple[Any, Any]) ->
 # --- the DiT ------------------------------------------------------------------------------------------------------
 
 
+def test_annealing_follows_the_clock(tmp_path: Path) -> None:
+    """The rate of the last iteration: low where the time was nearly over, the schedule's own where it was not."""
+    recipe = _recipe(vae_iterations=100_000)
+    rates = []
+    for name, seconds in (("long", 1e6), ("short", 4.0)):
+        (tmp_path / name).mkdir()
+        compute = replace(_compute(), anneal=True, deadline=time.monotonic() + seconds)
+        compute = replace(compute, stop_after=3 if name == "long" else None)
+        assert not train_vae(tmp_path / name, recipe, compute)
+        state = torch.load(tmp_path / name / "vae.ckpt", weights_only=True)
+        rates.append(
+            state["optimizer"]["param_groups"][0]["lr"] / learning_rate(1e-3, state["iteration"] - 1, 100_000, 0.5)
+        )
+    assert rates[0] == pytest.approx(1.0, rel=1e-6)
+    assert rates[1] < 0.3
+
+
 def test_noise_levels_match_the_shift() -> None:
     sigma = noise_levels(20000, torch.Generator().manual_seed(0))
     assert 0 < sigma.min() < sigma.max() < 1
@@ -383,5 +402,10 @@ def test_command_line_resumes_only_when_told(tmp_path: Path) -> None:
         main(_arguments(run, "--stage", "vae", "--resume", "--seed", "9"))
     assert main(_arguments(run, "--stage", "vae", "--resume", "--vae-iterations", "3")) == 0
     assert torch.load(run / "vae.ckpt", weights_only=True)["iteration"] == 3
+    assert (
+        main(_arguments(run, "--stage", "vae", "--resume", "--vae-iterations", "9", "--anneal", "--minutes", "9")) == 0
+    )
+    with pytest.raises(ValueError, match="anneal=True needs --minutes"):
+        main(_arguments(run, "--stage", "vae", "--resume", "--anneal"))
     with pytest.raises(ValueError, match="stage='export' needs --export DIRECTORY"):
         main(_arguments(run, "--stage", "export"))

@@ -53,6 +53,8 @@ Log = Callable[[dict[str, Any]], None]
 MIN_PSNR_DB = 30.0
 MIN_SHAPE_SCORE = 0.97
 _VAE, _CACHE, _DIT, _EVAL = range(4)  # first words of the random keys
+_VAE_IMAGES_FIRST = 2000  # iterations; less where the total is small
+_DIT_IMAGES_FIRST = 3000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,6 +107,7 @@ class Compute:
     checkpoint_s: float
     eval_s: float
     eval_prompts: int
+    anneal: bool = False  # decay the learning rate over this call's time instead of by iteration
     stop_after: int | None = None  # iterations of this call, for tests
 
     def autocast(self) -> torch.autocast:
@@ -291,14 +294,18 @@ class Trainer:
         """Train until the total, the deadline or stop_after, and checkpoint; True when the total is reached."""
         compute = self.compute
         first, begun = self.iteration, time.monotonic()
-        saved = evaluated = begun
+        saved = evaluated = first_moment = begun
         window: list[dict[str, Tensor]] = []
         for batch in _batches(make, self.iteration, self.total, compute):
             stopping = time.monotonic() > compute.deadline
             if stopping or (compute.stop_after is not None and self.iteration - first >= compute.stop_after):
                 break
+            rate = learning_rate(self.lr, self.iteration, self.total, self.decay_from)
+            if compute.anneal:
+                passed = (time.monotonic() - first_moment) / (compute.deadline - first_moment)
+                rate = min(rate, self.lr * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, passed)))))
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(self.lr, self.iteration, self.total, self.decay_from)
+                group["lr"] = rate
             loss, parts = loss_of(batch, self.iteration)
             self.optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
@@ -345,10 +352,11 @@ class _VaeBatches:
     def __call__(self, iteration: int) -> Tensor:
         r = self.recipe
         rng = np.random.default_rng([r.seed, _VAE, iteration])
-        progress, coin = iteration / r.vae_iterations, rng.random()
+        images_first = min(_VAE_IMAGES_FIRST, 0.25 * r.vae_iterations)
+        coin = rng.random()
         crop = min(32, r.height, r.width)
         middle = min(5, r.num_frames)
-        if progress < 0.25:
+        if iteration < images_first:
             shape = (1, crop, 48) if coin < 0.65 else (middle, crop, 12)
         elif coin < 0.10:
             shape = (1, 0, 16)
@@ -550,6 +558,11 @@ def cache_latents(vae: AutoencoderKLHunyuanVideo, run: Path, recipe: Recipe, com
     return latents
 
 
+def _images_only(recipe: Recipe, iteration: int) -> bool:
+    """Whether this DiT iteration sees only the first latent frame."""
+    return iteration < min(_DIT_IMAGES_FIRST, 0.15 * recipe.dit_iterations)
+
+
 @dataclass(frozen=True, slots=True)
 class _DitBatches:
     """Indices into the cache and fresh captions for DiT iteration i; one in ten is empty, for guidance."""
@@ -561,7 +574,7 @@ class _DitBatches:
     def __call__(self, iteration: int) -> dict[str, Tensor]:
         r = self.recipe
         rng = np.random.default_rng([r.seed, _DIT, iteration])
-        batch = (64 if iteration < 0.15 * r.dit_iterations else 32) * r.batch_scale
+        batch = (64 if _images_only(r, iteration) else 32) * r.batch_scale
         index = rng.integers(r.cached_clips, size=max(1, round(batch)))
         captions = ["" if rng.random() < 0.1 else caption(_cached_scene(r, int(i)), rng, omit=0.1) for i in index]
         return {"index": torch.from_numpy(index), **tokenize(captions, self.tokenizer, self.tokenizer_2)}
@@ -651,7 +664,7 @@ def train_dit(run: Path, recipe: Recipe, compute: Compute, *, accept_vae: bool) 
 
     def loss_of(batch: dict[str, Tensor], iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
         clean = latents[batch.pop("index").to(latents.device)].to(compute.device).float()
-        if iteration < 0.15 * recipe.dit_iterations:
+        if _images_only(recipe, iteration):
             clean = clean[:, :, :1]  # first what things look like, then how they move
         tokens = {k: v.to(compute.device, non_blocking=True) for k, v in batch.items()}
         with compute.autocast():
@@ -827,6 +840,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="continue the run that the directory holds, if any")
     parser.add_argument("--stage", choices=("vae", "dit", "all", "evaluate-vae", "export", "slim"), required=True)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop, with a checkpoint, after so long")
+    parser.add_argument(
+        "--anneal",
+        action="store_true",
+        help="decay the learning rate over the minutes of this call, where nobody knows how many iterations fit; "
+        "not repeatable bit for bit",
+    )
     parser.add_argument("--vae-minutes", type=float, default=math.inf, help="--stage all: then go on to the DiT")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
@@ -865,6 +884,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         cached_clips=args.cached_clips,
     )
     recipe.check()
+    if args.anneal and math.isinf(args.minutes):
+        raise ValueError("anneal=True needs --minutes: the time over which to decay")
     if args.stage in ("export", "slim") and args.export is None:
         raise ValueError(f"stage={args.stage!r} needs --export DIRECTORY")
     if args.stage in ("vae", "dit", "all") and not args.resume and (args.run / "recipe.json").exists():
@@ -883,6 +904,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint_s=60 * args.checkpoint_minutes,
         eval_s=60 * args.eval_minutes,
         eval_prompts=args.eval_prompts,
+        anneal=args.anneal,
     )
     if args.stage in ("vae", "dit", "all"):
         open_run(args.run, recipe)
