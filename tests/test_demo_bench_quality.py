@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from tools.bench_quality import (
     Renderer,
     bench_prompts,
     damage_weights,
+    diffusers_renderer,
     main,
     mcnemar,
     measure,
@@ -29,6 +30,7 @@ from tools.bench_quality import (
     ssim,
     table,
     truth_renderer,
+    videopipe_renderer,
     wilson,
 )
 from tools.demo_model import (
@@ -40,6 +42,7 @@ from tools.demo_model import (
     export_pipeline,
 )
 from tools.moving_shapes import is_held_out, render
+from videopipe.records import VideoRequest
 
 SIZE = ClipSize(num_frames=17, height=64, width=64)
 
@@ -115,6 +118,32 @@ def test_empty_clips_count_as_wrong_and_abstained(prompts: list[BenchPrompt]) ->
     result = measure(prompts, lambda ps: (np.zeros((17, 64, 64, 3), np.uint8) for _ in ps), None)
     assert result["accuracy"]["shape"]["right"] == 0
     assert result["abstained"]["shape"] == result["accuracy"]["shape"]["total"]
+
+
+@dataclass(frozen=True)
+class _Finished:
+    request_id: str
+    frames: Frames
+
+
+def test_videopipes_clips_may_finish_in_any_order(prompts: list[BenchPrompt]) -> None:
+    case = Case(name="x", steps=9, true_cfg=2.0)
+    scenes = {p.id: p.scene for p in prompts}
+    seen: list[VideoRequest] = []
+
+    def render_all(requests: list[VideoRequest]) -> Iterable[_Finished]:
+        seen.extend(requests)
+        for request in reversed(requests):
+            yield _Finished(request.id, render(scenes[request.id], 17, 64, 64))
+
+    result = measure(prompts, videopipe_renderer(render_all, case, SIZE), None)
+    assert result["accuracy"]["all"]["share"] == 1.0
+    assert [(r.prompt, r.seed) for r in seen] == [(p.prompt, p.seed) for p in prompts]
+    assert {(r.num_inference_steps, r.true_cfg_scale, r.negative_prompt, r.spec.num_frames) for r in seen} == {
+        (9, 2.0, "", 17)
+    }
+    with pytest.raises(ValueError, match="no frames came for 1 of 24 requests, the first is '00023'"):
+        measure(prompts, videopipe_renderer(lambda rs: list(render_all(rs))[1:], case, SIZE), None)
 
 
 def test_wilson_interval_matches_published_values() -> None:
@@ -219,8 +248,6 @@ def test_bench_tells_steps_guidance_damage_and_ceilings_apart(
 
 
 def test_batch_size_does_not_change_the_clips(tiny_model: Path) -> None:
-    from tools.bench_quality import diffusers_renderer
-
     prompts = bench_prompts(3, seed=0, split="held_out", num_objects=None)
     size = replace(SIZE, num_frames=5, height=32, width=32)
     case = Case(name="x", steps=2)

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import diffusers
 import numpy as np
@@ -25,6 +25,8 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 from numpy.typing import NDArray
 
 from tools.moving_shapes import ATTRIBUTES, Detector, Scene, Split, caption, render, scene_at, score
+from videopipe.geometry import VideoSpec
+from videopipe.records import VideoRequest
 
 Frames = NDArray[np.uint8]
 RendererName = Literal["diffusers", "vae", "truth"]
@@ -146,6 +148,49 @@ def diffusers_renderer(model: Path, case: Case, size: ClipSize, device: torch.de
                 output_type="np",
             ).frames
             yield from np.rint(np.asarray(video) * 255).astype(np.uint8)
+
+    return renderer
+
+
+class _Result(Protocol):
+    """The part of a finished clip that the bench reads: frames uint8 [T, H, W, 3] and whose they are."""
+
+    @property
+    def request_id(self) -> str: ...
+
+    @property
+    def frames(self) -> Frames: ...
+
+
+def videopipe_renderer(
+    render_all: Callable[[list[VideoRequest]], Iterable[_Result]], case: Case, size: ClipSize
+) -> Renderer:
+    """Any videopipe configuration, given the `render` method of its open pipeline; clips may finish in any order.
+
+    The requests carry the same prompts and seeds as `diffusers_renderer`, so the two start from the same noise.
+    """
+
+    def renderer(prompts: Sequence[BenchPrompt]) -> Iterable[Frames]:
+        requests = [
+            VideoRequest(
+                id=p.id,
+                prompt=p.prompt,
+                negative_prompt="" if case.true_cfg > 1 else None,
+                spec=VideoSpec(height=size.height, width=size.width, num_frames=size.num_frames),
+                num_inference_steps=case.steps,
+                guidance_scale=case.guidance,
+                true_cfg_scale=case.true_cfg,
+                seed=p.seed,
+            )
+            for p in prompts
+        ]
+        clips = {result.request_id: result.frames for result in render_all(requests)}
+        missing = [p.id for p in prompts if p.id not in clips]
+        if missing:
+            raise ValueError(
+                f"no frames came for {len(missing)} of {len(prompts)} requests, the first is {missing[0]!r}"
+            )
+        return [clips[p.id] for p in prompts]
 
     return renderer
 
