@@ -48,7 +48,7 @@ PAIR_MOTIONS = ("up", "down", "bounce", "grow", "rotate", "still")  # lanes are 
 ATTRIBUTES = ("colour", "shape", "size", "motion", "background")
 
 _CHROMA = 0.8
-_TURN = math.pi  # a rotating shape makes half a turn, clockwise: every allowed shape is seen at all its orientations
+_TURN = math.pi / 2  # of a rotating shape over the clip, clockwise: slow enough for a VAE that keeps every 4th frame
 _GROW_FROM = 0.55
 _BAR_RATIO = 2.6
 _TRAVEL = (0.26, 0.42)
@@ -520,7 +520,7 @@ class Detector:
             return "bounce"
         if growth > 1.3:
             return "grow"
-        if turn > math.radians(75):
+        if turn > math.radians(55):
             return "rotate"
         if abs(dip) < 0.08 and 1 / 1.2 < growth < 1.2 and turn < math.radians(30):
             return "still"
