@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -55,11 +55,12 @@ MIN_SHAPE_SCORE = 0.97
 _VAE, _CACHE, _DIT, _EVAL = range(4)  # first words of the random keys
 _VAE_IMAGES_FIRST = 2000  # iterations; less where the total is small
 _DIT_IMAGES_FIRST = 3000
+_FIXED = ("seed", "vae", "dit", "num_frames", "height", "width")  # of the recipe, in one run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """Everything that decides the weights. Only the two totals may change between calls of one run."""
+    """Everything that decides the weights. What `_FIXED` does not name may change between calls of one run."""
 
     seed: int
     vae: VaeSize
@@ -134,19 +135,19 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def open_run(run: Path, recipe: Recipe) -> None:
-    """Create the run directory, or make sure that it was begun with the same recipe (the two totals may differ).
+    """Create the run directory, or make sure that the recipe goes on with the run that it holds.
 
     Raises:
-        ValueError: another field differs.
+        ValueError: a field named in `_FIXED` differs.
     """
     run.mkdir(parents=True, exist_ok=True)
     file = run / "recipe.json"
     if file.exists():
         before = json.loads(file.read_text())
-        for field in fields(Recipe):
-            old, new = before[field.name], getattr(recipe, field.name)
-            if field.name not in ("vae_iterations", "dit_iterations") and old != new:
-                raise ValueError(f"{field.name}={new!r} differs from {old!r} of this run: begin another directory")
+        for name in _FIXED:
+            old, new = before[name], getattr(recipe, name)
+            if old != new:
+                raise ValueError(f"{name}={new!r} differs from {old!r} of this run: begin another directory")
     temporary = file.with_suffix(".part")
     temporary.write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     temporary.rename(file)
@@ -466,6 +467,7 @@ def train_vae(run: Path, recipe: Recipe, compute: Compute) -> bool:
     def evaluate() -> dict[str, Any]:
         return evaluate_vae(_vae_of(trainer.ema.state_of("vae"), recipe, compute), recipe, compute.eval_prompts)
 
+    trainer.log({"iteration": trainer.iteration, "recipe": asdict(recipe), "device": str(compute.device)})
     done = trainer.train(_VaeBatches(recipe), loss_of, evaluate)
     trainer.log({"iteration": trainer.iteration, "evaluation": evaluate()})
     return done
@@ -678,6 +680,7 @@ def train_dit(run: Path, recipe: Recipe, compute: Compute, *, accept_vae: bool) 
             for split in ("train", "held_out")
         }
 
+    trainer.log({"iteration": trainer.iteration, "recipe": asdict(recipe), "device": str(compute.device)})
     done = trainer.train(_DitBatches(recipe, parts.tokenizer, parts.tokenizer_2), loss_of, evaluate)
     trainer.log({"iteration": trainer.iteration, "evaluation": evaluate()})
     return done
