@@ -361,10 +361,10 @@ class _VaeBatches:
             shape = (1, crop, 48) if coin < 0.65 else (middle, crop, 12)
         elif coin < 0.10:
             shape = (1, 0, 16)
-        elif coin < 0.25:
-            shape = (r.num_frames, 0, 2)
-        elif coin < 0.62:
-            shape = (middle, crop, 16)
+        elif coin < 0.40:  # whole frames: two objects are hardest, and crops seldom hold both
+            shape = (r.num_frames, 0, 3)
+        elif coin < 0.65:
+            shape = (middle, 0, 8)
         else:
             shape = (r.num_frames, crop, 8)
         frames, side, batch = shape
@@ -373,7 +373,7 @@ class _VaeBatches:
     def _clip(self, rng: np.random.Generator, num_frames: int, side: int) -> Tensor:
         """float32 [3, T, h, w]: consecutive frames of a clip, cut to `side` pixels around the object (0: all)."""
         r = self.recipe
-        scene = scene_at(r.seed, int(rng.integers(2**40)))
+        scene = scene_at(r.seed, int(rng.integers(2**40)), num_objects=1 + int(rng.random() < 0.4))
         first = int(rng.integers(r.num_frames - num_frames + 1))
         moments = np.linspace(0, 1, r.num_frames)[first : first + num_frames]
         frames = render(scene, num_frames, r.height, r.width, times=moments.tolist())
