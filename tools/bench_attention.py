@@ -6,10 +6,13 @@ on the same tensors in turn: Ulysses, PipeSP with each chunk size, leftover head
 degree that divides the ranks, and attention co-processing with each number of helpers. Warm-up excluded; the slowest
 rank counts. With one rank it shows what cutting attention into chunks of heads costs. A ratio below 1 is faster than
 plain Ulysses.
+`--link-gbit 2` emulates a link of 2 Gbit/s between the ranks: transfers then take time and no processor, and can hide.
 """
 
 import json
 import multiprocessing
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -185,6 +188,20 @@ def be_rank(rank: int, case: Case, store_path: str, results: "multiprocessing.Qu
     end_runtime(runtime)
 
 
+def run_behind_a_link(gbit: float) -> NoReturn:
+    """Start this program again in a network namespace of its own, whose loopback carries so much and no more.
+
+    Raises:
+        SystemExit: with its exit status; a message where no namespace can be made.
+    """
+    if os.geteuid() != 0 or not all(shutil.which(name) for name in ("unshare", "ip", "tc")):
+        raise SystemExit(f"--link-gbit={gbit:g} needs root and the programs unshare, ip and tc; nearest is 0")
+    shape = f"ip link set lo up && tc qdisc add dev lo root tbf rate {gbit * 1000:.0f}mbit burst 512kb latency 2s"
+    again = [sys.executable, "-m", "tools.bench_attention", *sys.argv[1:], "--link-gbit=0"]  # the last one counts
+    command = ["unshare", "--net", "sh", "-c", f'{shape} && exec "$@"', "sh", *again]
+    raise SystemExit(subprocess.run(command, check=False).returncode)
+
+
 def commit() -> str:
     """The checkout's commit, for the record."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -201,8 +218,13 @@ def main(
     text: Annotated[int, typer.Option(help="text tokens")] = 32,
     repetitions: Annotated[int, typer.Option(help="counted runs of each variant")] = 10,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the ranks run")] = "cpu",
+    link_gbit: Annotated[
+        float, typer.Option(help="Gbit/s of an emulated link between the ranks (Linux, root); 0 for none")
+    ] = 0.0,
 ) -> None:
     """Measure, print a table, write JSON."""
+    if link_gbit:
+        run_behind_a_link(link_gbit)
     case = Case(
         ranks=ranks,
         helpers=helpers,
