@@ -296,6 +296,7 @@ class Engine:
                 self.tell("close")
                 self._thread.join()
             self._launcher.end()
+            self._launcher.close()
             self._server.close()
             for resource in self._kept:
                 resource.close()

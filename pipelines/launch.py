@@ -6,8 +6,9 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +50,7 @@ class RankEnded(msgspec.Struct, frozen=True):
 
 
 class Launcher(Protocol):
-    """Starts ranks; the engine polls `fileno` and asks `ended` when it is readable."""
+    """Starts the ranks of one run; the engine polls `fileno` and asks `ended` when it is readable."""
 
     def start(self, spec: RankSpec) -> None:
         """Start one rank."""
@@ -66,13 +67,16 @@ class Launcher(Protocol):
     def end(self) -> None:
         """End every rank that still runs, at once; returns when they are gone."""
 
+    def close(self) -> None:
+        """Listen no more; `end` has been called."""
+
 
 class LocalLauncher:
-    """Ranks of this host, forked from a zygote (`pipelines.zygote`) in a session of its own.
+    """Starts ranks of this host by forking a zygote (`pipelines.zygote`), which lives in a session of its own.
 
     Ctrl-C in a terminal therefore reaches the engine alone. The zygote starts at once, so that its imports run while
-    the caller still checks its input. It may serve several pipelines one after the other, which then start in a
-    fraction of a second.
+    the caller still checks its input. It may serve any number of pipelines, each with `ranks_of` its own run; all but
+    the first then start in a fraction of a second.
     """
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
@@ -89,73 +93,140 @@ class LocalLauncher:
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input, self._output = self._process.stdin, self._process.stdout
-        os.set_blocking(self._output.fileno(), False)
-        self._buffer = b""
-        self._pids: dict[int, int] = {}
-        self._expected: set[int] = set()
+        self._lock = threading.Lock()
+        self._runs: dict[str, LocalRanks] = {}
+        self._reader = threading.Thread(target=self._read, name="videopipe-zygote", daemon=True)
+        self._reader.start()
 
-    def start(self, spec: RankSpec) -> None:
-        """Ask the zygote for a rank."""
-        self._expected.add(spec.rank)
-        self._ask({"start": spec})
+    def ranks_of(self, token: str) -> "LocalRanks":
+        """The ranks of the run with that token: what an engine starts, watches and ends."""
+        with self._lock:
+            run = self._runs[token] = LocalRanks(self)
+            if self._process.poll() is not None:
+                run.lose_all(self._process.returncode)
+            return run
 
-    def fileno(self) -> int:
-        """The zygote's answers."""
-        return self._output.fileno()
+    def forget(self, run: "LocalRanks") -> None:
+        """Nobody listens to this run any more."""
+        with self._lock:
+            self._runs = {token: other for token, other in self._runs.items() if other is not run}
 
-    def ended(self) -> list[RankEnded]:
-        """Read the zygote's answers. If the zygote itself is gone, so are all its ranks."""
-        news: list[RankEnded] = []
-        while True:
-            data = self._output.read(1 << 16)
-            if data is None:
-                return news
-            if not data:
-                code = self._process.wait()
-                news.extend(RankEnded(rank, code) for rank in sorted(self._expected))
-                self._expected.clear()
-                self._pids.clear()
-                return news
-            self._buffer += data
-            *lines, self._buffer = self._buffer.split(b"\n")
-            for line in lines:
-                answer = msgspec.json.decode(line)
-                if "started" in answer:
-                    rank, pid = answer["started"]
-                    self._pids[rank] = pid
-                elif "ended" in answer:
-                    rank, pid, code = answer["ended"]
-                    if self._pids.get(rank) == pid:  # else a rank of an earlier pipeline, reaped late
-                        del self._pids[rank]
-                        self._expected.discard(rank)
-                        news.append(RankEnded(rank, code))
-
-    def pids(self) -> dict[int, int]:
-        """Process ids of the running ranks."""
-        return dict(self._pids)
-
-    def end(self) -> None:
-        """SIGKILL for all: a rank has nothing to save, and it may be stuck in a transfer with a lost one."""
-        deadline = time.monotonic() + 4.0
-        for rank in self._expected:
-            self._ask({"signal": [rank, int(signal.SIGKILL)]})
-        while self._expected and time.monotonic() < deadline:
-            select.select([self._output.fileno()], [], [], 0.1)
-            self.ended()
-        self._expected.clear()
-        self._pids.clear()
+    def ask(self, command: Mapping[str, Any]) -> None:
+        """Send a command to the zygote; if it is gone, the ranks' `ended` says so."""
+        with self._lock, contextlib.suppress(BrokenPipeError, ValueError):
+            self._input.write(msgspec.json.encode(command) + b"\n")
 
     def close(self) -> None:
-        """Close the zygote's input: it ends its ranks and itself."""
-        if not self._input.closed:
-            self._input.close()
+        """Close the zygote's input: it ends all ranks and itself."""
+        with self._lock:
+            if not self._input.closed:
+                self._input.close()
         try:
             self._process.wait(timeout=3.0)
         except subprocess.TimeoutExpired:
             self._process.kill()  # its ranks die with it: PR_SET_PDEATHSIG
             self._process.wait()
+        self._reader.join()
         self._output.close()
 
-    def _ask(self, command: dict[str, Any]) -> None:
-        with contextlib.suppress(BrokenPipeError, ValueError):  # the zygote is gone: `ended` says so
-            self._input.write(msgspec.json.encode(command) + b"\n")
+    def _read(self) -> None:
+        """Give each answer of the zygote to the run that it is about, until the zygote is gone."""
+        buffer = b""
+        while data := self._output.read(1 << 16):
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                answer = msgspec.json.decode(line)
+                with self._lock:
+                    run = self._runs.get(answer["token"])
+                if run is not None:
+                    run.hear(answer)
+        code = self._process.wait()
+        with self._lock:
+            runs = list(self._runs.values())
+        for run in runs:
+            run.lose_all(code)
+
+
+class LocalRanks:
+    """The ranks of one run on this host; see `Launcher`. Other runs of the same launcher are not touched."""
+
+    def __init__(self, launcher: LocalLauncher) -> None:
+        self._launcher = launcher
+        self._lock = threading.Lock()
+        self._pids: dict[int, int] = {}
+        self._expected: set[int] = set()
+        self._news: list[RankEnded] = []
+        self._readable, self._wake = os.pipe()
+        self._closed = False
+        os.set_blocking(self._readable, False)
+
+    def start(self, spec: RankSpec) -> None:
+        """Ask the zygote for a rank."""
+        with self._lock:
+            self._expected.add(spec.rank)
+        self._launcher.ask({"start": spec})
+
+    def fileno(self) -> int:
+        """Readable when `ended` has news."""
+        return self._readable
+
+    def ended(self) -> list[RankEnded]:
+        """Ranks that have ended since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            os.read(self._readable, 4096)
+        with self._lock:
+            news, self._news = self._news, []
+        return news
+
+    def pids(self) -> dict[int, int]:
+        """Process ids of the running ranks."""
+        with self._lock:
+            return dict(self._pids)
+
+    def end(self) -> None:
+        """SIGKILL for all: a rank has nothing to save, and it may be stuck in a transfer with a lost one."""
+        deadline = time.monotonic() + 4.0
+        for pid in self.pids().values():
+            self._launcher.ask({"signal": [pid, int(signal.SIGKILL)]})
+        while self._left() and time.monotonic() < deadline:
+            select.select([self._readable], [], [], 0.05)
+            self.ended()
+            for pid in self.pids().values():  # also those that were still being started
+                self._launcher.ask({"signal": [pid, int(signal.SIGKILL)]})
+
+    def hear(self, answer: Mapping[str, Any]) -> None:
+        """From the launcher's thread: the zygote said something about a rank of this run."""
+        rank, pid, *code = answer["rank"]
+        with self._lock:
+            if code:
+                self._pids.pop(rank, None)
+                self._expected.discard(rank)
+                self._news.append(RankEnded(rank, code[0]))
+            else:
+                self._pids[rank] = pid
+            self._tell()
+
+    def lose_all(self, code: int) -> None:
+        """From the launcher's thread: the zygote is gone, and with it all its ranks."""
+        with self._lock:
+            self._news.extend(RankEnded(rank, code) for rank in sorted(self._expected))
+            self._expected.clear()
+            self._pids.clear()
+            self._tell()
+
+    def close(self) -> None:
+        """Listen no more; `end` has been called."""
+        self._launcher.forget(self)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._readable)
+                os.close(self._wake)
+
+    def _tell(self) -> None:
+        if not self._closed:
+            os.write(self._wake, b"x")
+
+    def _left(self) -> bool:
+        with self._lock:
+            return bool(self._expected)

@@ -94,7 +94,7 @@ class VideoPipeline:
             torch_dtype: precision of all parts, as diffusers' argument of that name.
             dit_ranks, vae_ranks: group sizes; `vae_ranks=0` decodes on the DiT ranks.
             progress: is told of loads, stages and steps.
-            launcher: starts the ranks; give one that served an earlier pipeline, and its imports need not run again.
+            launcher: starts the ranks; give the same to several pipelines, and its imports need not run again.
         Raises:
             ConfigError: the configuration cannot run, before any weight is read.
             CheckpointError: no checkpoint of this family at that place.
@@ -505,10 +505,11 @@ def _start_engine(
     given_launcher: LocalLauncher | None,
 ) -> Engine:
     own_launcher = LocalLauncher(load_family(config.model.family).preload) if given_launcher is None else None
-    launcher = own_launcher or given_launcher
-    assert launcher is not None
+    starter = own_launcher or given_launcher
+    assert starter is not None
     run_directory = make_run_directory()
     token = secrets.token_hex(16)
+    launcher = starter.ranks_of(token)
     one_host = torchrun is None or torchrun.local_world_size == torchrun.world_size
     address = f"ipc://{run_directory}/control" if one_host else f"tcp://{_own_address()}:0"
     server = ControlServer(address, token)

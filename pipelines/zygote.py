@@ -5,8 +5,9 @@ milliseconds instead of seconds, and the ranks share the memory of all code. It 
 so the fork is safe. It ends its ranks when told to, and when its standard input closes, which happens however the
 engine dies: no rank is ever left behind.
 
-Protocol: one JSON object a line. In: {"start": RankSpec}, {"signal": [rank, number]}. Out: {"started": [rank, pid]},
-{"ended": [rank, pid, exit code, or minus the signal]}.
+Protocol: one JSON object a line. In: {"start": RankSpec}, {"signal": [pid, number]}. Out, with the token of the run:
+{"token": ..., "rank": [rank, pid]} when it has started, with the exit code (or minus the signal) at the end when it has
+ended.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import selectors
 import shutil
 import signal
 import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -35,11 +36,19 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+class _Child(NamedTuple):
+    """A forked rank."""
+
+    token: str
+    rank: int
+    pid: int
+
+
 class _Zygote:
     def __init__(self, answers: int) -> None:
         self._answers = answers
         self._run_directories: set[str] = set()
-        self._children: dict[int, tuple[int, int]] = {}  # pidfd -> (rank, pid)
+        self._children: dict[int, _Child] = {}  # by pidfd
         self._selector = selectors.DefaultSelector()
 
     def serve(self) -> None:
@@ -64,10 +73,9 @@ class _Zygote:
         if "start" in command:
             self._fork(command["start"])
         elif "signal" in command:
-            rank, number = command["signal"]
-            for child_rank, pid in self._children.values():
-                if child_rank == rank:
-                    os.kill(pid, number)
+            pid, number = command["signal"]
+            if any(child.pid == pid for child in self._children.values()):
+                os.kill(pid, number)
 
     def _fork(self, raw: Any) -> None:
         from pipelines.launch import RankSpec  # loaded by main, after fd 1 was moved
@@ -95,21 +103,21 @@ class _Zygote:
                 sys.stderr.flush()
                 os._exit(code)  # no exit handlers of the mother's, no waiting for gloo's threads
         fd = os.pidfd_open(pid)
-        self._children[fd] = (spec.rank, pid)
+        self._children[fd] = _Child(spec.token, spec.rank, pid)
         self._selector.register(fd, selectors.EVENT_READ)
-        self._answer({"started": [spec.rank, pid]})
+        self._answer({"token": spec.token, "rank": [spec.rank, pid]})
 
     def _reap(self, fd: int) -> None:
-        rank, pid = self._children.pop(fd)
+        child = self._children.pop(fd)
         self._selector.unregister(fd)
         os.close(fd)
-        _, status = os.waitpid(pid, 0)
-        self._answer({"ended": [rank, pid, os.waitstatus_to_exitcode(status)]})
+        _, status = os.waitpid(child.pid, 0)
+        self._answer({"token": child.token, "rank": [child.rank, child.pid, os.waitstatus_to_exitcode(status)]})
 
     def _end(self) -> None:
         """The engine is gone, or has said goodbye: end what is left, remove what runs have left in shared memory."""
-        for _, pid in self._children.values():
-            os.kill(pid, signal.SIGKILL)
+        for child in self._children.values():
+            os.kill(child.pid, signal.SIGKILL)
         for fd in list(self._children):
             self._reap(fd)
         for directory in self._run_directories:

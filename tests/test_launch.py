@@ -106,3 +106,15 @@ def test_torchrun_with_another_number_of_ranks_is_refused() -> None:
     check_devices(config, "cpu", 3)
     with pytest.raises(ConfigError, match=r"need 3 ranks but torchrun started 4, nearest is dit_ranks=3 vae_ranks=1"):
         check_devices(config, "cpu", 4)
+
+
+def test_pipelines_of_one_launcher_do_not_touch_each_other(tiny_checkpoint: Path, launcher: LocalLauncher) -> None:
+    first = HunyuanVideoPipeline.from_pretrained(tiny_checkpoint, dit_ranks=2, overrides=OVERRIDES, launcher=launcher)
+    with first:
+        with HunyuanVideoPipeline.from_pretrained(tiny_checkpoint, overrides=OVERRIDES, launcher=launcher) as second:
+            assert set(second.engine.pids) == {0, 1}
+            assert not set(second.engine.pids.values()) & set(first.engine.pids.values())
+            assert len(list(second.render(["a fox"]))) == 1
+        assert len(first.engine.pids) == 3
+        assert all(psutil.pid_exists(pid) for pid in first.engine.pids.values())
+        assert len(list(first.render(["a boat"]))) == 1
