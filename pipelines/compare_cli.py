@@ -6,7 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 import typer
@@ -19,6 +19,7 @@ from pipelines.bundled import find_config
 from pipelines.noise_floor import (
     ConfigFloor,
     RankLayout,
+    floor_configs,
     form_of_clip,
     measure_config_floor,
     num_devices,
@@ -40,9 +41,6 @@ from videopipe.quality.thresholds import Expectation, Threshold, failures, parse
 from videopipe.quality.trace import Trace, steps_folder, trace
 from videopipe.quality.vmaf import find_ffmpeg
 from videopipe.quality.vmaf import vmaf as measure_vmaf
-
-if TYPE_CHECKING:
-    from pipelines.launch import LocalLauncher
 
 app = typer.Typer(add_completion=False)
 
@@ -271,6 +269,7 @@ def _run_steps(ref: Path, cand: Path, job: _Job, console: Console) -> int:
 def _run_noise_floor(
     ref: Path | None, cand: Path | None, job: _Job, asked: FloorJob, console: Console, errors: Console
 ) -> int:
+    """Measure the floor of each kernel; judge CAND against REF, or against the renders where there is no REF."""
     from pipelines.families import load_family
     from pipelines.faults import RankError
     from pipelines.launch import LocalLauncher
@@ -278,13 +277,49 @@ def _run_noise_floor(
     if cand is None:
         ref, cand = None, ref  # a single clip is the one to judge
     _check_noise_floor(ref, cand, job)
+    clips = [path for path in (ref, cand) if path is not None]
+    forms = {form_of_clip(open_clip(path, job.decoder).info) for path in clips} or {asked.configs[0].output.format}
+    if len(forms) > 1:
+        raise ValueError(f"REF and CAND are of different formats, {' and '.join(sorted(forms))}, need the same")
+    (form,) = forms
+    request = request_for(asked.configs[0], clips, asked.prompt)
+    layouts = asked.layouts or usual_layouts(asked.configs[0], num_devices(asked.configs[0]))
+    for config in asked.configs:
+        floor_configs(config, request, form=form, layouts=layouts, num_runs=asked.num_runs)
+    found: list[ConfigFloor] = []
+    outcome = None
     launcher = LocalLauncher(load_family(asked.configs[0].model.family).preload)  # one for all renders
     try:
-        return _judge_renders(ref, cand, job, asked, launcher, console, errors)
+        with tempfile.TemporaryDirectory(prefix="videopipe-floor-") as folder:
+            for index, config in enumerate(asked.configs):
+                floor, runs = measure_config_floor(
+                    config,
+                    request,
+                    Path(folder, str(index)),
+                    lambda a, b: _compare_paths(a, b, job, console),
+                    form=form,
+                    layouts=layouts,
+                    num_runs=asked.num_runs,
+                    launcher=launcher,
+                    note=lambda line: errors.print(line, highlight=False, markup=False, soft_wrap=True),
+                )
+                found.append(floor)
+                if index == 0 and cand is not None:
+                    reference, *others = runs if ref is None else [ref]
+                    outcome = _compare_pair(
+                        reference, cand, job, job.report, console, measured=floor.floor, others=tuple(others)
+                    )
     except RankError as error:
         raise ValueError(f"{error}; --layouts chooses the numbers of ranks") from error
     finally:
         launcher.close()
+    print_floors(console, request, found)
+    if outcome is not None:
+        _print_outcome(console, outcome)
+    if job.json is not None:
+        data = {"noise_floor": msgspec.to_builtins(found[0].floor)} if outcome is None else outcome.as_json()
+        _write_json(job.json, {**data, "noise_floors": {floor.kernel: floor.as_json() for floor in found}})
+    return 1 if outcome is not None and outcome.failed else 0
 
 
 def _check_noise_floor(ref: Path | None, cand: Path | None, job: _Job) -> None:
@@ -296,52 +331,6 @@ def _check_noise_floor(ref: Path | None, cand: Path | None, job: _Job) -> None:
     for path in (ref, cand):
         if path is not None and is_output_directory(path):
             raise ValueError(f"{path} is a directory of clips, --noise-floor takes one clip of one request")
-
-
-def _judge_renders(
-    ref: Path | None,
-    cand: Path | None,
-    job: _Job,
-    asked: FloorJob,
-    launcher: "LocalLauncher",
-    console: Console,
-    errors: Console,
-) -> int:
-    """Measure the floor of each kernel; judge CAND against REF, or against the renders where there is no REF."""
-    clips = [path for path in (ref, cand) if path is not None]
-    forms = {form_of_clip(open_clip(path, job.decoder).info) for path in clips} or {asked.configs[0].output.format}
-    if len(forms) > 1:
-        raise ValueError(f"REF and CAND are of different formats, {' and '.join(sorted(forms))}, need the same")
-    request = request_for(asked.configs[0], clips, asked.prompt)
-    found: list[ConfigFloor] = []
-    outcome = None
-    with tempfile.TemporaryDirectory(prefix="videopipe-floor-") as folder:
-        for index, config in enumerate(asked.configs):
-            floor, runs = measure_config_floor(
-                config,
-                request,
-                Path(folder, str(index)),
-                lambda a, b: _compare_paths(a, b, job, console),
-                form=next(iter(forms)),
-                layouts=usual_layouts(config, num_devices(config)) if asked.layouts is None else asked.layouts,
-                num_runs=asked.num_runs,
-                launcher=launcher,
-                note=lambda line: errors.print(line, highlight=False, markup=False, soft_wrap=True),
-            )
-            found.append(floor)
-            if index == 0 and cand is not None:
-                reference, *others = runs if ref is None else [ref]
-                outcome = _compare_pair(
-                    reference, cand, job, job.report, console, measured=floor.floor, others=tuple(others)
-                )
-    print_floors(console, request, found)
-    data: dict[str, Any] = {"noise_floor": msgspec.to_builtins(found[0].floor)}
-    if outcome is not None:
-        _print_outcome(console, outcome)
-        data = outcome.as_json()
-    if job.json is not None:
-        _write_json(job.json, {**data, "noise_floors": {floor.kernel: floor.as_json() for floor in found}})
-    return 1 if outcome is not None and outcome.failed else 0
 
 
 def _compare_pair(

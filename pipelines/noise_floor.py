@@ -132,12 +132,8 @@ def measure_config_floor(
         ValueError: fewer than two runs, or a request or layout that cannot be rendered; before a rank is started.
         RankError: a rank was lost.
     """
-    if num_runs < 2:
-        raise ValueError(f"num_runs={num_runs} must be at least 2 to measure a noise floor, nearest is 2")
-    configured = layout_of(config)
-    order = [configured] * num_runs + [layout for layout in dict.fromkeys(layouts) if layout != configured]
-    configs = [with_layout(config, layout, form) for layout in order]
-    _check(configs, request)
+    configs = floor_configs(config, request, form=form, layouts=layouts, num_runs=num_runs)
+    order = [layout_of(run) for run in configs]
     pairs: dict[tuple[Path, Path], Comparison] = {}
 
     def compared(a: Path, b: Path) -> Comparison:
@@ -155,6 +151,30 @@ def measure_config_floor(
     rerun = floor_from((found for pair, found in pairs.items() if reruns.issuperset(pair)), num_runs)
     layouts_run = tuple(str(layout) for layout in order)
     return ConfigFloor(kernel=config.model.attention_kernel, layouts=layouts_run, rerun=rerun, floor=floor), runs
+
+
+def floor_configs(
+    config: Config, request: VideoRequest, *, form: OutputFormat, layouts: Sequence[RankLayout], num_runs: int
+) -> tuple[Config, ...]:
+    """The configuration of each run of `measure_config_floor`, checked as far as can be before a rank starts.
+
+    Raises:
+        ValueError: fewer than two runs, or a request or layout that cannot be rendered.
+    """
+    from pipelines.checkpoint import Checkpoint
+    from pipelines.families import load_family
+    from pipelines.pipeline import check_devices, resolve_device
+
+    if num_runs < 2:
+        raise ValueError(f"num_runs={num_runs} must be at least 2 to measure a noise floor, nearest is 2")
+    family = load_family(config.model.family)
+    family.check_request(request, family.facts(Checkpoint(config.model.weights, config.model.revision)))
+    configured = layout_of(config)
+    order = [configured] * num_runs + [layout for layout in dict.fromkeys(layouts) if layout != configured]
+    configs = tuple(with_layout(config, layout, form) for layout in order)
+    for run in configs:
+        check_devices(run, resolve_device(run), None)
+    return configs
 
 
 class _Renders:
@@ -185,19 +205,6 @@ class _Renders:
 
     def __exit__(self, *error: object) -> None:
         self._stack.close()
-
-
-def _check(configs: Sequence[Config], request: VideoRequest) -> None:
-    """Refuse, before anything starts, what would end the last of many renders."""
-    from pipelines.checkpoint import Checkpoint
-    from pipelines.families import load_family
-    from pipelines.pipeline import check_devices, resolve_device
-
-    config = configs[0]
-    family = load_family(config.model.family)
-    family.check_request(request, family.facts(Checkpoint(config.model.weights, config.model.revision)))
-    for config in configs:
-        check_devices(config, resolve_device(config), None)
 
 
 def request_for(config: Config, clips: Sequence[Path], prompt: str | None) -> VideoRequest:
