@@ -1,16 +1,19 @@
 """Attention over a sharded sequence. How q, k, v travel (strategy) and what computes them (kernel) are two choices."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dit_group.kernels import KERNELS
+from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses
+from dit_group.usp import Usp
 from videopipe.partition import JointSequence
+from videopipe.runtime import MeshGroups
 
 
 class AttentionCall(Protocol):
@@ -39,7 +42,8 @@ class Strategy(Protocol):
         """The attention of one layer."""
 
 
-STRATEGIES = {"ulysses": Ulysses}
+STRATEGIES: dict[str, Callable[..., Strategy]] = {"ulysses": Ulysses, "ring": Ring, "usp": Usp}
+MERGING = ("ring", "usp")  # they merge partial results, so the kernel must have a log-sum-exp form
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class SequenceParallel:
     """One rank's place in the DiT group; hooks and attention processors hold it. `member` is None for a helper.
 
     `lay_out` prepares a sequence once (it may look at a mask's values), `use` makes it the current one at no cost.
+    `mesh` has the subgroups that `usp` needs.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class SequenceParallel:
         balance: Balance = "heads",
         rank: int = 0,
         assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] | None = None,
+        mesh: MeshGroups | None = None,
     ) -> None:
         self.group = group
         self.members = members
@@ -80,6 +86,7 @@ class SequenceParallel:
         self._kernel = KERNELS[kernel]
         self._heads_per_chunk = heads_per_chunk
         self._balance: Balance = balance
+        self._more: dict[str, Any] = {"mesh": mesh} if strategy == "usp" else {}
         self._current: Layout | None = None
 
     @property
@@ -111,6 +118,7 @@ class SequenceParallel:
             key_mask=key_mask,
             heads_per_chunk=self._heads_per_chunk,
             balance=self._balance,
+            **self._more,
         )
         return Layout(sequence, attention)
 

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from dit_group.attention import SequenceParallel
+from dit_group.factorised import FrameParallel
 from videopipe.exchange import gather_tokens
+from videopipe.partition import JointSequence
 
 Stream = Literal["video", "text"]
 
@@ -31,23 +33,67 @@ class Gather:
     stream: Stream
 
 
-Plan = Sequence[Shard | Gather]
+@dataclass(frozen=True, kw_only=True)
+class Reshard:
+    """Give `module` its first argument [B, T, S, C] sharded by space; its output is sharded by frames again."""
+
+    module: str
 
 
-def apply_plan(model: nn.Module, plan: Plan, parallel: SequenceParallel) -> list[RemovableHandle]:
+Plan = Sequence[Shard | Reshard | Gather]
+
+
+class Parallel(Protocol):
+    """Who owns what of the current sequence: `SequenceParallel` or `FrameParallel`."""
+
+    group: dist.ProcessGroup | None
+
+    @property
+    def member(self) -> int:
+        """This member's place among the DiT ranks."""
+
+    @property
+    def sequence(self) -> JointSequence:
+        """Who owns which tokens (or frames)."""
+
+
+def apply_plan(model: nn.Module, plan: Plan, parallel: Parallel) -> list[RemovableHandle]:
     """Hook the named submodules of `model`; removing the handles gives back the plain model.
 
     Raises:
         AttributeError: the model has no submodule of that name.
+        TypeError: `Reshard` with something else than `FrameParallel`.
     """
-    handles = []
+    handles: list[RemovableHandle] = []
     for entry in plan:
-        hook = _shard_hook(entry, parallel) if isinstance(entry, Shard) else _gather_hook(entry, parallel)
-        handles.append(model.get_submodule(entry.module).register_forward_hook(hook))
+        module = model.get_submodule(entry.module)
+        if isinstance(entry, Reshard):
+            if not isinstance(parallel, FrameParallel):
+                raise TypeError(f"{entry} needs a FrameParallel, not {type(parallel).__name__}")
+            handles.append(module.register_forward_pre_hook(_to_space_hook(parallel)))
+            handles.append(module.register_forward_hook(_to_frames_hook(parallel)))
+        elif isinstance(entry, Shard):
+            handles.append(module.register_forward_hook(_shard_hook(entry, parallel)))
+        else:
+            handles.append(module.register_forward_hook(_gather_hook(entry, parallel)))
     return handles
 
 
-def _shard_hook(entry: Shard, parallel: SequenceParallel) -> Any:
+def _to_space_hook(parallel: FrameParallel) -> Any:
+    def to_space(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (parallel.resharding.to_space(args[0]), *args[1:])
+
+    return to_space
+
+
+def _to_frames_hook(parallel: FrameParallel) -> Any:
+    def to_frames(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return parallel.resharding.to_frames(output)
+
+    return to_frames
+
+
+def _shard_hook(entry: Shard, parallel: Parallel) -> Any:
     def shard(
         module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]
     ) -> Tensor | tuple[Tensor, ...]:
@@ -60,7 +106,7 @@ def _shard_hook(entry: Shard, parallel: SequenceParallel) -> Any:
     return shard
 
 
-def _gather_hook(entry: Gather, parallel: SequenceParallel) -> Any:
+def _gather_hook(entry: Gather, parallel: Parallel) -> Any:
     def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         sequence = parallel.sequence
         counts = sequence.video_counts if entry.stream == "video" else sequence.text_counts

@@ -126,9 +126,8 @@ class UlyssesCall:
             self._outputs.append(exchange.start_to_tokens(out))
         if self._shared_query is not None:  # last: it computes while the last chunk's output travels
             values, keys = (pending.wait() for pending in self._shared)
-            rows = self._shared_query.shape[1]
-            out = plan.kernel(self._shared_query, keys, values, plan.key_mask) if rows else self._shared_query
-            self._shared_output = out
+            # called with no rows as well: a kernel may itself be shared with other members (usp)
+            self._shared_output = plan.kernel(self._shared_query, keys, values, plan.key_mask)
 
     def output(self) -> Tensor:
         """The attention of this member's tokens, all heads: [B, S_local, N, D]."""

@@ -195,7 +195,7 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
 
     from pipelines.checkpoint import Checkpoint
     from pipelines.families import load_family
-    from pipelines.pipeline import check_devices, resolve_device
+    from pipelines.pipeline import check_attention, check_devices, resolve_device
     from videopipe.media import check_video
 
     family = load_family(config.model.family)
@@ -220,6 +220,7 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
                 f"{where}queue.capacity_bytes={config.queue.capacity_bytes} cannot hold the latents, "
                 f"nearest is {latent_bytes}"
             )
+    check_attention(config, facts, resolve_device(config))
     if "LOCAL_RANK" not in os.environ:  # torchrun's number of ranks is checked where the ranks join
         check_devices(config, resolve_device(config), None)
 

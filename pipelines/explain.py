@@ -11,7 +11,7 @@ from pipelines.engine import describe_plan, make_topology
 from pipelines.families import Family, ModelFacts, load_family
 from videopipe.config import Config, to_toml
 from videopipe.geometry import VideoSpec
-from videopipe.partition import JointSequence, Partition, split_evenly
+from videopipe.partition import JointSequence, Mesh, Partition, ring_bytes, split_evenly
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES
 
@@ -148,7 +148,6 @@ def explain_config(config: Config) -> Explanation:
     text = min(config.request.max_sequence_length, facts.text_tokens)
     grid = facts.geometry.token_grid(request.spec, max(text, members))
     sequence = JointSequence.even(grid.video, grid.text, members)
-    partition = Partition(sequence.counts, split_evenly(facts.num_heads, members))
     evaluations = 2 if request.true_cfg_scale > 1 and request.negative_prompt is not None else 1
     itemsize = DTYPES[config.model.dtype].itemsize
     geometry = facts.geometry
@@ -157,11 +156,9 @@ def explain_config(config: Config) -> Explanation:
     ranks = []
     for rank in range(config.world_size):
         member = topology.dit_ranks.index(rank) if rank in topology.dit_ranks else None
-        layer = gather = 0
+        heads = layer = gather = 0
         if member is not None:
-            into = partition.to_heads_bytes(member, 1, facts.head_dim, itemsize)
-            back = partition.to_tokens_bytes(member, 1, facts.head_dim, itemsize)
-            layer = 3 * into + back
+            heads, layer = _attention_share(config, sequence.counts, facts, member)
             # shards are padded to the largest one, see videopipe.exchange.gather_tokens
             gather = max(sequence.video_counts) * patch_values * itemsize * (members - 1) * evaluations
         holds = {
@@ -177,7 +174,7 @@ def explain_config(config: Config) -> Explanation:
                 weight_bytes={part: _in_memory(config, part, parameters[part]) for part in holds if holds[part]},
                 video_tokens=0 if member is None else sequence.video_counts[member],
                 text_tokens=0 if member is None else sequence.text_counts[member],
-                heads=0 if member is None else partition.head_counts[member],
+                heads=heads,
                 exchange_bytes_per_layer=layer,
                 exchange_bytes_per_step=layer * facts.attention_layers * evaluations,
                 gather_bytes_per_step=gather,
@@ -213,6 +210,24 @@ def explain_config(config: Config) -> Explanation:
         ranks=tuple(ranks),
         clip=clip,
     )
+
+
+def _attention_share(config: Config, counts: tuple[int, ...], facts: ModelFacts, member: int) -> tuple[int, int]:
+    """Heads that a member computes in a layer, over its rows or all tokens, and the bytes that it sends to others."""
+    a, itemsize = config.attention, DTYPES[config.model.dtype].itemsize
+    mesh = Mesh(len(counts), 1)
+    if a.strategy == "ring":
+        mesh = Mesh(1, len(counts))
+    elif a.strategy == "usp":
+        mesh = Mesh.choose(len(counts), facts.num_heads, a.ulysses_degree, a.mesh_inside)
+    line, ring = mesh.ulysses_members(member), mesh.ring_members(member)
+    place = line.index(member)
+    partition = Partition(tuple(counts[m] for m in line), split_evenly(facts.num_heads, len(line)))
+    heads = partition.head_counts[place]
+    into = partition.to_heads_bytes(place, 1, facts.head_dim, itemsize)
+    back = partition.to_tokens_bytes(place, 1, facts.head_dim, itemsize)
+    blocks = [sum(counts[m] for m in mesh.ulysses_members(other)) for other in ring]
+    return heads, 3 * into + back + ring_bytes(blocks, ring.index(member), 1, heads, facts.head_dim, itemsize)
 
 
 def _facts(config: Config, family: Family) -> tuple[ModelFacts, str, bool]:

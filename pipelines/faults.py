@@ -83,8 +83,9 @@ class FaultDetector:
             what = f"ran out of memory ({failure.message})"
         doing = Doing(failure.stage, failure.request, failure.step)
         kind = "out_of_memory" if failure.out_of_memory else "raised"
-        # an error inside a transfer is most often the echo of another rank's death
-        self._sign(3 if in_transfer else 1, rank, kind, _one_line(what), doing, now, failure.traceback)
+        # an error inside a transfer is most often the echo of another rank's death; running out of memory never is
+        echo = in_transfer and not failure.out_of_memory
+        self._sign(3 if echo else 1, rank, kind, _one_line(what), doing, now, failure.traceback)
 
     def ended(self, news: RankEnded, doing: Doing, now: float) -> None:
         """A rank's process is gone, unasked."""

@@ -26,8 +26,9 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel, PreTrainedTokenizerFast
 
 from dit_group.assist import Assistant
-from dit_group.attention import AttentionCall, Layout, SequenceParallel
+from dit_group.attention import MERGING, AttentionCall, Layout, SequenceParallel
 from dit_group.denoise import Denoising
+from dit_group.kernels import check_kernel
 from dit_group.modulation import ModulationTable, PrecomputedModulation
 from dit_group.plan import Gather, Shard, apply_plan
 from dit_group.record import Keep, observing
@@ -263,6 +264,12 @@ class HunyuanVideoDenoiser:
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
         assert runtime.dit_member is not None, runtime.rank
+        check_kernel(
+            config.model.attention_kernel,
+            runtime.device,
+            DTYPES[config.model.dtype],
+            with_lse=config.attention.strategy in MERGING,
+        )
         source, options = checkpoint.location, {"revision": checkpoint.revision}
         self.transformer = HunyuanVideoTransformer3DModel.from_pretrained(
             source, subfolder="transformer", torch_dtype=DTYPES[config.model.dtype], **options
@@ -401,6 +408,7 @@ def sequence_parallel(config: Config, runtime: Runtime, num_heads: int) -> Seque
         balance=config.attention.balance,
         rank=runtime.rank,
         assist_groups=runtime.assist_groups,
+        mesh=runtime.mesh,
     )
 
 

@@ -88,6 +88,8 @@ def layout_of(config: Config) -> RankLayout:
 def with_layout(config: Config, layout: RankLayout, form: OutputFormat) -> Config:
     """The same configuration on another layout: what needs a VAE group goes where there is none.
 
+    A mesh whose `ulysses_degree` does not divide the DiT ranks gets the usual degree.
+
     Steps are not recorded.
 
     Raises:
@@ -100,6 +102,8 @@ def with_layout(config: Config, layout: RankLayout, form: OutputFormat) -> Confi
         attention = config.attention
         if layout.vae_ranks == 0:
             groups, attention = r(groups, text_encoder="dit"), r(attention, co_processing="off")
+        if attention.ulysses_degree and layout.dit_ranks % attention.ulysses_degree:
+            attention = r(attention, ulysses_degree=0)
         changed = r(changed, groups=groups, attention=attention, schedule=r(config.schedule, policy="auto"))
     check_config(changed)
     return changed
@@ -163,16 +167,18 @@ def floor_configs(
     """
     from pipelines.checkpoint import Checkpoint
     from pipelines.families import load_family
-    from pipelines.pipeline import check_devices, resolve_device
+    from pipelines.pipeline import check_attention, check_devices, resolve_device
 
     if num_runs < 2:
         raise ValueError(f"num_runs={num_runs} must be at least 2 to measure a noise floor, nearest is 2")
     family = load_family(config.model.family)
-    family.check_request(request, family.facts(Checkpoint(config.model.weights, config.model.revision)))
+    facts = family.facts(Checkpoint(config.model.weights, config.model.revision))
+    family.check_request(request, facts)
     configured = layout_of(config)
     order = [configured] * num_runs + [layout for layout in dict.fromkeys(layouts) if layout != configured]
     configs = tuple(with_layout(config, layout, form) for layout in order)
     for run in configs:
+        check_attention(run, facts, resolve_device(run))
         check_devices(run, resolve_device(run), None)
     return configs
 

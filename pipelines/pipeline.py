@@ -19,6 +19,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dit_group.attention import MERGING
+from dit_group.kernels import check_kernel
 from pipelines.checkpoint import Checkpoint
 from pipelines.engine import Batch, Engine, Finished, Job, Progress
 from pipelines.families import ModelFacts, load_family
@@ -27,8 +29,10 @@ from videopipe.config import Config, ConfigError, check_config, load_config
 from videopipe.control import ControlServer
 from videopipe.geometry import VideoSpec
 from videopipe.handover import make_run_directory
+from videopipe.partition import Mesh
 from videopipe.records import VideoRequest, default_id
 from videopipe.rendering import RenderResult
+from videopipe.runtime import DTYPES
 from videopipe.trace import Trace
 
 OutputType = Literal["pil", "np", "pt", "latent"]
@@ -129,6 +133,7 @@ class VideoPipeline:
         facts = load_family(config.model.family).facts(checkpoint)
         device = resolve_device(config)
         check_devices(config, device, torchrun.world_size if torchrun else None)
+        check_attention(config, facts, device)
         engine = _start_engine(config, facts, device, torchrun, progress, launcher)
         return cls(engine, config, facts)
 
@@ -465,6 +470,27 @@ def resolve_device(config: Config) -> str:
     if config.runtime.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     return config.runtime.device
+
+
+def check_attention(config: Config, facts: ModelFacts, device: str) -> None:
+    """Refuse an attention kernel or a mesh of ranks that cannot be had, before any rank is started.
+
+    Raises:
+        ConfigError: says what is missing and how to get it, or the nearest valid value.
+    """
+    a = config.attention
+    try:
+        check_kernel(
+            config.model.attention_kernel,
+            torch.device(device),
+            DTYPES[config.model.dtype],
+            with_lse=a.strategy in MERGING,
+            look_at_device=False,
+        )
+        if a.strategy == "usp":
+            Mesh.choose(config.groups.dit_ranks, facts.num_heads, a.ulysses_degree, a.mesh_inside)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_devices(config: Config, device: str, torchrun_world_size: int | None) -> None:

@@ -49,6 +49,7 @@ from videopipe.messages import (
     StopRank,
     ToRank,
 )
+from videopipe.partition import Mesh
 from videopipe.runtime import PeerLink, Runtime, end_runtime, peak_memory_bytes, start_runtime, synchronize
 from videopipe.trace import SpanRecorder
 
@@ -115,6 +116,13 @@ def _join(spec: RankSpec, device: torch.device) -> Runtime:
         store = dist.PrefixStore(
             spec.store_prefix, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
         )
+    mesh, attention = None, spec.config.attention
+    if attention.strategy == "usp":
+        model = spec.config.model
+        facts = load_family(model.family).facts(Checkpoint(model.weights, model.revision))
+        mesh = Mesh.choose(
+            spec.config.groups.dit_ranks, facts.num_heads, attention.ulysses_degree, attention.mesh_inside
+        )
     return start_runtime(
         rank=spec.rank,
         world_size=spec.world_size,
@@ -123,6 +131,7 @@ def _join(spec: RankSpec, device: torch.device) -> Runtime:
         store=store,
         helper_sets=spec.config.helper_sets,
         timeout_s=2 * spec.config.faults.hang_timeout_s + 60,
+        mesh=mesh,
     )
 
 

@@ -20,6 +20,7 @@ from videopipe.geometry import VideoSpec
 from videopipe.handover import claim, make_run_directory, publish
 from videopipe.messages import (
     AbandonRequest,
+    AssistStep,
     BeginDenoise,
     DecodeLatents,
     EncodePrompt,
@@ -32,6 +33,7 @@ from videopipe.messages import (
     LatentsReady,
     LoadParts,
     PartsLoaded,
+    PrepareAssist,
     PromptEncoded,
     RankFailed,
     Release,
@@ -60,7 +62,9 @@ TO_RANK: list[ToRank] = [
     LoadParts(text_encoder=True, denoiser=False, decoder=True),
     EncodePrompt(request=REQUEST, dit_ranks=(0, 1, 2), transfer=7),
     BeginDenoise(request=REQUEST, source=1, nbytes=2**40, transfer=7),
-    RunStep(request="fox", step=3),
+    RunStep(request="fox", step=3, helpers=(2, 4)),
+    PrepareAssist(request=REQUEST, text_masks=(b"\x01\x01\x00", b"\x01")),
+    AssistStep(request="fox", step=3, helpers=(2, 4)),
     FinishDenoise(request="fox"),
     AbandonRequest(request="fox"),
     SendLatents(request="fox", to=3, transfer=8),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 import torch
@@ -242,6 +243,15 @@ def test_an_error_of_ones_own_beats_an_error_in_a_transfer() -> None:
     found.raised(2, failure('File "x/pipelines/hunyuan_video_parts.py", line 3'), 1.1)
     sign = found.check(2.0, {})
     assert sign is not None and sign.rank == 2 and "\n" not in sign.what
+
+
+def test_running_out_of_memory_in_a_transfer_is_no_echo() -> None:
+    found = detector()
+    in_transfer = failure('File "x/videopipe/exchange.py", line 3')
+    found.raised(0, in_transfer, 1.0)
+    found.raised(1, msgspec.structs.replace(in_transfer, out_of_memory=True), 1.1)
+    sign = found.check(2.0, {})
+    assert sign is not None and (sign.rank, sign.kind) == (1, "out_of_memory")
 
 
 def test_the_hanging_rank_is_the_cause_not_those_that_wait_for_it() -> None:

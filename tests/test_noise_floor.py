@@ -77,6 +77,16 @@ def test_another_layout_keeps_what_needs_no_vae_group(config: Config) -> None:
     assert not alone.output.records_steps
     more = with_layout(lent, RankLayout(4, 2), "npy")
     assert (more.groups.text_encoder, more.attention.co_processing, more.policy) == ("vae", "on", "decoupled")
+    mesh = load_config(
+        msgspec.to_builtins(config)
+        | {
+            "model": {"weights": config.model.weights},
+            "groups": {"dit_ranks": 4},
+            "attention": {"strategy": "usp", "ulysses_degree": 2},
+        }
+    )
+    degrees = [with_layout(mesh, RankLayout(dit, 1), "npy").attention.ulysses_degree for dit in (4, 5, 6)]
+    assert degrees == [2, 0, 2], "2 does not divide 5: the usual degree"
 
 
 def test_reruns_are_bit_exact_and_layouts_are_not(config: Config, launcher: LocalLauncher, tmp_path: Path) -> None:
@@ -187,6 +197,7 @@ def test_wrong_use_is_refused_before_anything_is_rendered(config: Config, clips:
         ([ref, cand, *floor, "--rerun", cand], "need one of them"),
         ([ref, cand, *floor, "--kernels", "sdpaa"], "nearest is 'sdpa'"),
         ([ref, cand, *floor, "--layouts", "2"], "must be DIT+VAE ranks"),
+        ([ref, cand, *floor, "--kernels", "sdpa,sdpa-cudnn"], "model.attention_kernel='sdpa-cudnn'"),
         ([ref, cand, *floor, "--runs", "1"], "num_runs=1 must be at least 2"),
         ([ref, other, *floor], "are not of the same request: seed=3 and 8"),
         ([ref, cand, *floor, "--prompt", "a fox"], "leave --prompt out"),

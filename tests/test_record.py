@@ -67,8 +67,14 @@ def by_diffusers(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def start(checkpoint: Path, launcher: LocalLauncher, dit: int, vae: int, **output: object) -> HunyuanVideoPipeline:
-    config = {"runtime": {"threads_per_rank": 1}, "output": {"format": "latent", **output}}
+def start(
+    checkpoint: Path, launcher: LocalLauncher, dit: int, vae: int, lend: str = "off", **output: object
+) -> HunyuanVideoPipeline:
+    config = {
+        "runtime": {"threads_per_rank": 1},
+        "output": {"format": "latent", **output},
+        "attention": {"co_processing": lend},
+    }
     return HunyuanVideoPipeline.from_pretrained(
         checkpoint, config=config, dit_ranks=dit, vae_ranks=vae, launcher=launcher
     )
@@ -105,6 +111,16 @@ def test_two_ranks_record_whole_tensors_within_rounding(by_us: dict[int, Path], 
     padded = trace(by_us[1] / "fox.steps", by_us[2] / "fox.steps", tolerance=TOLERANCE).first
     assert padded is not None
     assert (padded.name, padded.reason) == ("pass.0/transformer_blocks.0/1", "shape")  # text: padded and trimmed
+
+
+def test_steps_that_a_vae_rank_helps_with_are_recorded_whole(
+    by_us: dict[int, Path], tiny_checkpoint: Path, launcher: LocalLauncher, tmp_path: Path
+) -> None:
+    with start(tiny_checkpoint, launcher, 2, 1, lend="on", record_blocks=BLOCKS) as pipe:
+        list(pipe.render([FOX], record_to=tmp_path))
+        assert any(span.stage == "assist" for span in pipe.trace.spans)
+    found = trace(by_us[2] / "fox.steps", tmp_path / "fox.steps", tolerance=TOLERANCE)
+    assert found.first is None, str(found.first)
 
 
 def test_the_command_line_says_where_two_directories_part(
@@ -212,11 +228,13 @@ class Sharded:
         return observing(self._denoiser.transformer, None, keep, num_blocks)
 
 
-PLANTED = {"right": None, "block 0": (0, 0), "block 3": (3, 0), "block 2 of step 1": (2, 1), "ungathered": None}
+PLANTED = {"right": None, "ring": None, "block 0": (0, 0), "block 3": (3, 0), "block 2 of step 1": (2, 1), "ungathered": None}
 
 
 def record_mistakes(runtime: Runtime, checkpoint: str, folder: str) -> None:
-    config = load_config({"model": {"weights": checkpoint}, "groups": {"dit_ranks": 2}})
+    keys = {"model": {"weights": checkpoint}, "groups": {"dit_ranks": 2}}
+    config = load_config(keys)
+    ring = load_config({**keys, "attention": {"strategy": "ring"}})
     generator = torch.Generator().manual_seed(5)
     conditioning = {
         "prompt_embeds": torch.randn(1, 16, 64, generator=generator),
@@ -224,7 +242,7 @@ def record_mistakes(runtime: Runtime, checkpoint: str, folder: str) -> None:
         "prompt_attention_mask": (torch.arange(16)[None] < 7).long(),
     }
     for name, planted in PLANTED.items():
-        denoiser = HunyuanVideoDenoiser(Checkpoint(checkpoint), config, runtime)
+        denoiser = HunyuanVideoDenoiser(Checkpoint(checkpoint), ring if name == "ring" else config, runtime)
         assert denoiser._parallel is not None
         if planted is not None:
             swapped_heads_from(planted[0], denoiser._parallel, planted[1])
@@ -246,6 +264,8 @@ def test_a_wrong_head_order_is_traced_to_its_first_block(tiny_checkpoint: Path, 
         assert found is not None, name
         assert (found.step, found.block, found.reason) == (step, block, "value"), name
         assert found.rel_l2 > 10 * TOLERANCE, name
+    ring = trace(tmp_path / "right.steps", tmp_path / "ring.steps", tolerance=TOLERANCE)
+    assert ring.first is None and ring.first_bitwise is not None, "another strategy, the same model"
     ungathered = trace(tmp_path / "right.steps", tmp_path / "ungathered.steps").first
     assert ungathered is not None
     assert (ungathered.name, ungathered.reason) == ("pass.0/transformer_blocks.0/0", "shape")

@@ -2,13 +2,17 @@
 
 `python -m tools.bench_attention --ranks 4 --helpers 1 --heads 24 --video 2304 --text 32` starts gloo ranks on the CPU
 (`--device cuda`: NCCL, one GPU each) and times the same layer (projections of v, k, q, attention, output projection)
-on the same tensors in turn: Ulysses, PipeSP with each chunk size, leftover heads by query rows, and attention
-co-processing with each number of helpers. Warm-up excluded; the slowest rank counts. With one rank it shows what
-cutting attention into chunks of heads costs. A ratio below 1 is faster than plain Ulysses.
+on the same tensors in turn: Ulysses, PipeSP with each chunk size, leftover heads by query rows, ring, USP with each
+degree that divides the ranks, and attention co-processing with each number of helpers. Warm-up excluded; the slowest
+rank counts. With one rank it shows what cutting attention into chunks of heads costs. A ratio below 1 is faster than
+plain Ulysses.
+`--link-gbit 2` emulates a link of 2 Gbit/s between the ranks: transfers then take time and no processor, and can hide.
 """
 
 import json
 import multiprocessing
+import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,11 +31,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.distributed import FileStore
 
+from dit_group.attention import STRATEGIES, Strategy
 from dit_group.kernels import KERNELS
-from dit_group.ulysses import Balance, Ulysses
+from dit_group.ulysses import Balance
 from videopipe.files import write_bytes
-from videopipe.partition import JointSequence
-from videopipe.runtime import Runtime, end_runtime, start_runtime, synchronize
+from videopipe.partition import JointSequence, Mesh
+from videopipe.runtime import MeshGroups, Runtime, end_runtime, start_mesh, start_runtime, synchronize
 from videopipe.scheduler import helper_sets
 
 
@@ -49,29 +54,47 @@ class Case:
     device: str
 
 
-def variants(case: Case) -> list[tuple[str, int | None, Balance, int]]:
-    """Name, heads in a chunk, balance, helpers of each variant; the first one is the reference."""
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to move heads. `ulysses_degree` is that of a mesh, 0 where there is none."""
+
+    name: str
+    strategy: str = "ulysses"
+    chunk: int | None = None
+    balance: Balance = "heads"
+    helpers: int = 0
+    ulysses_degree: int = 0
+
+
+def variants(case: Case) -> list[Variant]:
+    """All that can run with these sizes; the first one is the reference."""
     ranks, heads, helpers = case.ranks, case.heads, case.helpers
     share = -(-heads // ranks)
-    rows: list[tuple[str, int | None, Balance, int]] = [("ulysses", None, "heads", 0)]
-    rows += [(f"pipesp, {chunk} heads a chunk", chunk, "heads", 0) for chunk in range(1, share) if chunk <= 6]
+    rows = [Variant(name="ulysses")]
+    rows += [Variant(name=f"pipesp, {chunk} heads a chunk", chunk=chunk) for chunk in range(1, share) if chunk <= 6]
     if heads % ranks:
-        rows.append(("leftover heads by rows", None, "rows", 0))
-        rows.append(("leftover heads by rows, 1 head a chunk", 1, "rows", 0))
+        rows.append(Variant(name="leftover heads by rows", balance="rows"))
+        rows.append(Variant(name="leftover heads by rows, 1 head a chunk", balance="rows", chunk=1))
+    if ranks > 1:
+        rows.append(Variant(name="ring", strategy="ring"))
+    for degree in range(2, ranks):
+        if ranks % degree == 0:
+            name = f"usp, {degree} divide heads, rings of {ranks // degree}"
+            rows.append(Variant(name=name, strategy="usp", ulysses_degree=degree))
     for count in range(1, helpers + 1):
-        rows.append((f"co-processing, {count} helpers", None, "heads", count))
-        rows.append((f"co-processing, {count} helpers, 1 head a chunk", 1, "heads", count))
+        rows.append(Variant(name=f"co-processing, {count} helpers", helpers=count))
+        rows.append(Variant(name=f"co-processing, {count} helpers, 1 head a chunk", helpers=count, chunk=1))
     return rows
 
 
 class Layer:
     """Projections, attention and output projection of one member's tokens, for one variant."""
 
-    def __init__(self, case: Case, runtime: Runtime, chunk: int | None, balance: Balance, helpers: int) -> None:
+    def __init__(self, case: Case, runtime: Runtime, variant: Variant, mesh: MeshGroups | None) -> None:
         self._runtime = runtime
         ranks, heads, dim = case.ranks, case.heads, case.head_dim
         self._heads = heads
-        lent = tuple(range(ranks, ranks + helpers))
+        lent = tuple(range(ranks, ranks + variant.helpers))
         self.takes_part = runtime.rank < ranks or runtime.rank in lent
         sequence = JointSequence.even(case.video, case.text, ranks)
         counts = (*sequence.counts, *(0 for _ in lent))
@@ -87,17 +110,18 @@ class Layer:
         self._projections = [weights(width, width) for _ in range(4)] if member < ranks else []
         self.tokens = weights(1, tokens, width) if member < ranks else torch.empty(1, 0, width)
         self._nothing = torch.empty((1, 0, heads, dim), dtype=dtype, device=runtime.device)
-        self._attention = None
+        self._attention: Strategy | None = None
         if self.takes_part:
-            self._attention = Ulysses(
+            self._attention = STRATEGIES[variant.strategy](
                 group=runtime.assist_groups[lent] if lent else runtime.exchange_group,
                 member=member,
                 token_counts=counts,
                 num_heads=heads,
                 kernel=KERNELS["sdpa"],
                 key_mask=None,
-                heads_per_chunk=chunk,
-                balance=balance,
+                heads_per_chunk=variant.chunk,
+                balance=variant.balance,
+                **({"mesh": mesh} if variant.ulysses_degree else {}),
             )
 
     def __call__(self) -> Tensor:
@@ -138,7 +162,13 @@ def be_rank(rank: int, case: Case, store_path: str, results: "multiprocessing.Qu
         store=FileStore(store_path, ranks + helpers),
         helper_sets=helper_sets(range(ranks, ranks + helpers)),
     )
-    layers = {name: Layer(case, runtime, chunk, balance, n) for name, chunk, balance, n in variants(case)}
+    layers = {}
+    for variant in variants(case):
+        mesh, degree = None, variant.ulysses_degree
+        if degree:
+            shape = Mesh(degree, ranks // degree)
+            mesh = start_mesh(shape, rank=rank, dit_ranks=runtime.dit_ranks, device=device)
+        layers[variant.name] = Layer(case, runtime, variant, mesh)
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     repetitions = case.repetitions
     with torch.no_grad():
@@ -158,6 +188,20 @@ def be_rank(rank: int, case: Case, store_path: str, results: "multiprocessing.Qu
     end_runtime(runtime)
 
 
+def run_behind_a_link(gbit: float) -> NoReturn:
+    """Start this program again in a network namespace of its own, whose loopback carries so much and no more.
+
+    Raises:
+        SystemExit: with its exit status; a message where no namespace can be made.
+    """
+    if os.geteuid() != 0 or not all(shutil.which(name) for name in ("unshare", "ip", "tc")):
+        raise SystemExit(f"--link-gbit={gbit:g} needs root and the programs unshare, ip and tc; nearest is 0")
+    shape = f"ip link set lo up && tc qdisc add dev lo root tbf rate {gbit * 1000:.0f}mbit burst 512kb latency 2s"
+    again = [sys.executable, "-m", "tools.bench_attention", *sys.argv[1:], "--link-gbit=0"]  # the last one counts
+    command = ["unshare", "--net", "sh", "-c", f'{shape} && exec "$@"', "sh", *again]
+    raise SystemExit(subprocess.run(command, check=False).returncode)
+
+
 def commit() -> str:
     """The checkout's commit, for the record."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -174,8 +218,13 @@ def main(
     text: Annotated[int, typer.Option(help="text tokens")] = 32,
     repetitions: Annotated[int, typer.Option(help="counted runs of each variant")] = 10,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the ranks run")] = "cpu",
+    link_gbit: Annotated[
+        float, typer.Option(help="Gbit/s of an emulated link between the ranks (Linux, root); 0 for none")
+    ] = 0.0,
 ) -> None:
     """Measure, print a table, write JSON."""
+    if link_gbit:
+        run_behind_a_link(link_gbit)
     case = Case(
         ranks=ranks,
         helpers=helpers,

@@ -22,7 +22,7 @@ from tokenizers.models import BPE
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from tools.tiny_open_sora_plan import make_open_sora_plan
-from tools.tiny_weights import Scale, fan_in, fill
+from tools.tiny_weights import Scale, fan_in, fill, without_progress_bars
 
 LLAMA_BOS, LLAMA_EOS, LLAMA_PAD = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"
 LLAMA_SPECIAL = (LLAMA_BOS, LLAMA_EOS, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", LLAMA_PAD)
@@ -172,7 +172,8 @@ def _write(pipe: Any, output: Path, index_overrides: dict[str, Any]) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(f".{output.name}.{os.getpid()}.part")
     try:
-        pipe.save_pretrained(part, safe_serialization=True)
+        with without_progress_bars():
+            pipe.save_pretrained(part, safe_serialization=True)
         index_file = part / "model_index.json"
         index = json.loads(index_file.read_text()) | index_overrides
         index_file.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -2,11 +2,13 @@
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 Scale = tuple[float, float]
 """Mean and standard deviation of a parameter."""
@@ -30,3 +32,15 @@ def fill(model: nn.Module, component: str, seed: int, scale: Callable[[str, Tens
 def fan_in(weight: Tensor) -> int:
     """Inputs that one output of a linear or convolution weight sums over."""
     return weight[0].numel()
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Saving a few megabytes needs no bars; afterwards they are as they were."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

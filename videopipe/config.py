@@ -19,6 +19,17 @@ from videopipe.records import OutputFormat
 from videopipe.scheduler import helper_sets
 
 DType = Literal["float32", "bfloat16", "float16"]
+AttentionKernel = Literal[
+    "sdpa",
+    "sdpa-flash",
+    "sdpa-efficient",
+    "sdpa-math",
+    "sdpa-cudnn",
+    "flash-attention-2",
+    "flash-attention-3",
+    "sage",
+    "math",
+]
 
 
 class ConfigError(ValueError):
@@ -26,7 +37,10 @@ class ConfigError(ValueError):
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which weights run in which precision. `vae_dtype` and `text_encoder_dtype` default to `dtype`."""
+    """Which weights run in which precision. `vae_dtype` and `text_encoder_dtype` default to `dtype`.
+
+    `attention_kernel`: `sdpa` lets torch choose its backend, the others name one; `math` is a float64 reference.
+    """
 
     family: Literal["hunyuan-video"] = "hunyuan-video"
     weights: str = "hunyuanvideo-community/HunyuanVideo"
@@ -34,7 +48,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     dtype: DType = "float32"
     vae_dtype: DType | None = None
     text_encoder_dtype: DType | None = None
-    attention_kernel: Literal["sdpa", "math"] = "sdpa"
+    attention_kernel: AttentionKernel = "sdpa"
 
 
 class GroupsConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,6 +69,9 @@ class ScheduleConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How q, k and v travel in the DiT group.
 
+    `strategy`: `ulysses` exchanges tokens for heads; `ring` passes keys and values round, so ranks may outnumber heads;
+    `usp` does both on a mesh, `ulysses_degree` ranks dividing heads (0: as many as divide the ranks and have a head
+    each), `mesh_inside` naming the axis of neighbouring ranks.
     `text` says what happens to padded text tokens: `trimmed` drops them, `padded` keeps and masks them, `auto` keeps
     them on one rank (where the result is then bit-equal to diffusers) and trims them on several.
     `heads_per_chunk`: so many heads of each rank travel while others compute (PipeSP); `all` is the plain path.
@@ -64,7 +81,9 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `overlap_mlp`: with several DiT ranks, the MLP of single-stream blocks runs while q, k, v and the output travel.
     """
 
-    strategy: Literal["ulysses"] = "ulysses"
+    strategy: Literal["ulysses", "ring", "usp"] = "ulysses"
+    ulysses_degree: int = 0
+    mesh_inside: Literal["ulysses", "ring"] = "ulysses"
     heads_per_chunk: int | Literal["all"] = "all"
     balance: Literal["heads", "rows"] = "heads"
     co_processing: Literal["on", "off"] = "off"
@@ -260,6 +279,7 @@ def check_config(config: Config) -> None:
     _at_least("groups.vae_ranks", g.vae_ranks, 0)
     if config.attention.heads_per_chunk != "all":
         _at_least("attention.heads_per_chunk", config.attention.heads_per_chunk, 1)
+    _check_attention(config)
     _at_least("output.record_blocks", config.output.record_blocks, 0)
     _at_least("queue.capacity", q.capacity, 1)
     _at_least("queue.capacity_bytes", q.capacity_bytes, 1)
@@ -285,6 +305,33 @@ def check_config(config: Config) -> None:
         raise ConfigError("attention.co_processing='on' needs a VAE group but groups.vae_ranks=0, nearest is 'off'")
     if g.text_encoder == "vae" and g.vae_ranks == 0:
         raise ConfigError("groups.text_encoder='vae' needs a VAE group but groups.vae_ranks=0, nearest is 'dit'")
+
+
+def _check_attention(config: Config) -> None:
+    a, ranks = config.attention, config.groups.dit_ranks
+    _at_least("attention.ulysses_degree", a.ulysses_degree, 0)
+    unused: list[tuple[str, str | int, str | int]] = []  # key, value, the only one that has a meaning here
+    if a.strategy == "ring":
+        unused += [("heads_per_chunk", a.heads_per_chunk, "all"), ("balance", a.balance, "heads")]
+    if a.strategy != "usp":
+        unused += [("ulysses_degree", a.ulysses_degree, 0), ("mesh_inside", a.mesh_inside, "ulysses")]
+    if a.strategy != "ulysses":  # a helper owns no tokens, so it could only share whole heads
+        unused += [("co_processing", a.co_processing, "off")]
+    for name, value, default in unused:
+        if value != default:
+            raise ConfigError(
+                f"attention.{name}={value!r} means nothing to attention.strategy={a.strategy!r}, nearest is {default!r}"
+            )
+    if a.ulysses_degree and ranks % a.ulysses_degree:
+        near = min((d for d in range(1, ranks + 1) if ranks % d == 0), key=lambda d: abs(d - a.ulysses_degree))
+        raise ConfigError(
+            f"attention.ulysses_degree={a.ulysses_degree} must divide groups.dit_ranks={ranks}, nearest is {near}"
+        )
+    if a.strategy != "ulysses" and config.model.attention_kernel in ("sdpa-math", "sdpa-cudnn"):
+        raise ConfigError(
+            f"model.attention_kernel={config.model.attention_kernel!r} gives no log-sum-exp, which "
+            f"attention.strategy={a.strategy!r} needs; nearest is 'sdpa'"
+        )
 
 
 def _at_least(path: str, value: float, low: float) -> None:

@@ -137,6 +137,34 @@ def gather_tokens(
     return start_gather_tokens(x, token_counts, group, member, dim).wait()
 
 
+def start_take_from_previous(
+    x: Tensor, num_tokens: int, group: dist.ProcessGroup, member: int, members: int
+) -> PendingExchange:
+    """Begin one turn of a ring: give a block to the next member and take the previous one's.
+
+    Args:
+        x: [B, S_block, N, D], what this member hands on; may have no tokens.
+        num_tokens: tokens of the block that arrives; every member knows all counts, so nothing else travels.
+    Returns:
+        What will be the previous member's block, [B, num_tokens, N, D].
+    """
+    assert members > 1, members
+    shape = (x.shape[0], num_tokens, *x.shape[2:])
+    sent = x.reshape(-1)
+    received = x.new_empty(_numel(shape))
+    following, previous = (member + 1) % members, (member - 1) % members
+    # an all-to-all that is empty but for the neighbours: one primitive for all moves, and no order of sends to agree on
+    work = dist.all_to_all_single(
+        received,
+        sent,
+        output_split_sizes=[received.numel() if peer == previous else 0 for peer in range(members)],
+        input_split_sizes=[sent.numel() if peer == following else 0 for peer in range(members)],
+        group=group,
+        async_op=True,
+    )
+    return PendingExchange(work, received, sent, [shape], 1)
+
+
 def _concatenate(flat: Tensor, shapes: Sequence[Sequence[int]], dim: int) -> Tensor:
     """Blocks laid one after the other in `flat`, joined along `dim`."""
     if len(shapes) == 1:

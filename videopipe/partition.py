@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Self
+from typing import Literal, Self
 
 import msgspec
 
@@ -84,6 +84,68 @@ class Partition(msgspec.Struct, frozen=True):
         """Bytes that `member` sends to others when one tensor goes from the head to the token view."""
         foreign_tokens = self.num_tokens - self.token_counts[member]
         return batch * foreign_tokens * self.head_counts[member] * head_dim * itemsize
+
+
+class Mesh(msgspec.Struct, frozen=True):
+    """The members of a group on two axes: `ulysses_degree` of them divide heads, `ring_degree` pass keys and values on.
+
+    `inside` is the axis of neighbouring members, for the faster links: with `ulysses` inside, members 0 .. degree - 1
+    divide heads among themselves; with `ring` inside they form a ring, and heads are divided across.
+
+    Source: USP (arXiv 2405.07719); the reverse mapping, for slow links between machines, as in SwiftFusion
+    (arXiv 2601.20273).
+    """
+
+    ulysses_degree: int
+    ring_degree: int
+    inside: Literal["ulysses", "ring"] = "ulysses"
+
+    @classmethod
+    def choose(
+        cls, members: int, num_heads: int, ulysses_degree: int = 0, inside: Literal["ulysses", "ring"] = "ulysses"
+    ) -> Self:
+        """A mesh for so many members; degree 0 is the largest divisor of them that heads suffice for.
+
+        Raises:
+            ValueError: the degree does not divide the members, or there are fewer heads.
+        """
+        fitting = [d for d in range(1, members + 1) if members % d == 0 and d <= num_heads]
+        degree = ulysses_degree or fitting[-1]
+        if degree not in fitting:
+            near = min(fitting, key=lambda d: abs(d - degree))
+            raise ValueError(
+                f"attention.ulysses_degree={ulysses_degree} must divide {members} DiT ranks and not exceed {num_heads} "
+                f"heads, nearest is {near}"
+            )
+        return cls(degree, members // degree, inside)
+
+    @property
+    def members(self) -> int:
+        """Size of the group."""
+        return self.ulysses_degree * self.ring_degree
+
+    def ulysses_members(self, member: int) -> tuple[int, ...]:
+        """Those who divide heads with `member`, itself included, in order of their heads."""
+        if self.inside == "ulysses":
+            first = member - member % self.ulysses_degree
+            return tuple(range(first, first + self.ulysses_degree))
+        return tuple(range(member % self.ring_degree, self.members, self.ring_degree))
+
+    def ring_members(self, member: int) -> tuple[int, ...]:
+        """Those who pass keys and values round with `member`, itself included, in order of the ring."""
+        if self.inside == "ring":
+            first = member - member % self.ring_degree
+            return tuple(range(first, first + self.ring_degree))
+        return tuple(range(member % self.ulysses_degree, self.members, self.ulysses_degree))
+
+
+def ring_bytes(token_counts: Sequence[int], member: int, batch: int, heads: int, head_dim: int, itemsize: int) -> int:
+    """Bytes that `member` sends to the next one while keys and values of all members pass round once.
+
+    All blocks leave it but the one that the next member brought itself; one member sends nothing.
+    """
+    following = (member + 1) % len(token_counts)
+    return 2 * batch * (sum(token_counts) - token_counts[following]) * heads * head_dim * itemsize
 
 
 class JointSequence(msgspec.Struct, frozen=True):

@@ -10,7 +10,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store
 
+from videopipe.partition import Mesh
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshGroups:
+    """One DiT member's two groups on a mesh; None where that axis has one member."""
+
+    mesh: Mesh
+    ulysses: dist.ProcessGroup | None
+    ring: dist.ProcessGroup | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +29,10 @@ class Runtime:
     """One rank of a run.
 
     `exchange_group` joins the DiT ranks and carries activations on their devices (NCCL, or gloo on CPU); None with
-    one DiT rank or on other ranks. `assist_groups` join the DiT ranks with each set of VAE ranks that may be lent to
-    them (attention co-processing). `peers` joins all ranks and carries conditioning and latents in host memory over
-    gloo: they are small, and a transfer that waits for its receiver never holds a GPU stream.
+    one DiT rank or on other ranks. `mesh` has its subgroups where the attention strategy needs two axes, and
+    `assist_groups` join the DiT ranks with each set of VAE ranks that may be lent to them (attention co-processing).
+    `peers` joins all ranks and carries conditioning and latents in host memory over gloo: they are small, and a
+    transfer that waits for its receiver never holds a GPU stream.
     """
 
     rank: int
@@ -30,6 +42,7 @@ class Runtime:
     exchange_group: dist.ProcessGroup | None = None
     peers: dist.ProcessGroup | None = None
     assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    mesh: MeshGroups | None = None
 
     @property
     def dit_member(self) -> int | None:
@@ -51,6 +64,7 @@ def start_runtime(
     store: Store | None,
     helper_sets: Sequence[tuple[int, ...]] = (),
     timeout_s: float = 1800.0,
+    mesh: Mesh | None = None,
 ) -> Runtime:
     """Join the process groups of a run. Collective over all ranks; with one rank there is nothing to join.
 
@@ -58,14 +72,16 @@ def start_runtime(
         store: rendezvous of all ranks; None only where world_size is 1.
         helper_sets: sets of VAE ranks that may be lent to the DiT group.
         timeout_s: when a collective gives up by itself; the engine's own fault detection is much faster.
+        mesh: two axes of the DiT ranks, where the attention strategy needs them.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size == 1:
-        return Runtime(rank=rank, world_size=1, device=device, dit_ranks=dit_ranks)
+        alone = None if mesh is None else MeshGroups(mesh=mesh, ulysses=None, ring=None)
+        return Runtime(rank=rank, world_size=1, device=device, dit_ranks=dit_ranks, mesh=alone)
     assert store is not None
     timeout = datetime.timedelta(seconds=timeout_s)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = _backend(device)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     # every rank makes every group in the same order; a lazy build inside a step could deadlock
     exchange_group = dist.new_group(list(dit_ranks), timeout=timeout, backend=backend) if len(dit_ranks) > 1 else None
@@ -80,6 +96,9 @@ def start_runtime(
         exchange_group = None
     if exchange_group is not None:
         dist.all_reduce(torch.zeros(1, device=device), group=exchange_group)  # builds the connections now
+    groups = None
+    if mesh is not None:
+        groups = start_mesh(mesh, rank=rank, dit_ranks=dit_ranks, device=device, timeout_s=timeout_s)
     return Runtime(
         rank=rank,
         world_size=world_size,
@@ -88,7 +107,38 @@ def start_runtime(
         exchange_group=exchange_group,
         peers=peers,
         assist_groups=assist_groups,
+        mesh=groups,
     )
+
+
+def start_mesh(
+    mesh: Mesh, *, rank: int, dit_ranks: tuple[int, ...], device: torch.device, timeout_s: float = 1800.0
+) -> MeshGroups | None:
+    """Join the groups of a mesh of the DiT ranks. Collective over all ranks, those outside of it included.
+
+    Returns:
+        None on ranks outside of the DiT group.
+    """
+    assert mesh.members == len(dit_ranks), (mesh, dit_ranks)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    joined: list[dist.ProcessGroup | None] = []
+    for members_of in (mesh.ulysses_members, mesh.ring_members):
+        own = None
+        for members in dict.fromkeys(members_of(member) for member in range(mesh.members)):
+            if len(members) > 1:  # every rank makes every group, in the same order
+                ranks = [dit_ranks[member] for member in members]
+                group = dist.new_group(ranks, timeout=timeout, backend=_backend(device))
+                own = group if rank in ranks else own
+        if own is not None:
+            dist.all_reduce(torch.zeros(1, device=device), group=own)  # builds the connections now
+        joined.append(own)
+    if rank not in dit_ranks:
+        return None
+    return MeshGroups(mesh=mesh, ulysses=joined[0], ring=joined[1])
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def end_runtime(runtime: Runtime) -> None:

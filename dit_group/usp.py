@@ -1,0 +1,87 @@
+"""USP: a mesh of members on which heads are divided along one axis and keys and values pass round along the other.
+
+With n = u * r members, u of them exchange tokens for heads (Ulysses), and each computes its heads over the tokens of
+all r such lines by a ring. It needs u heads for any number of members, and the ring carries N / u heads only.
+
+Source: USP, a unified sequence parallelism (arXiv 2405.07719), here for any token and head counts.
+"""
+
+import torch.distributed as dist
+from torch import Tensor
+
+from dit_group.kernels import Kernel
+from dit_group.ring import Ring
+from dit_group.ulysses import Balance, Ulysses, UlyssesCall
+from videopipe.partition import offsets
+from videopipe.runtime import MeshGroups
+
+
+class Usp:
+    """Attention over one laid-out sequence; arguments as for `Ulysses`, where heads are those of a line of the mesh.
+
+    Args:
+        group: not used, the mesh has its own groups.
+        mesh: this member's groups; the members of `token_counts` are the members of the mesh.
+    Raises:
+        ValueError: no mesh, one of another size, or a kernel without log-sum-exp.
+    """
+
+    def __init__(
+        self,
+        *,
+        group: dist.ProcessGroup | None,
+        member: int,
+        token_counts: tuple[int, ...],
+        num_heads: int,
+        kernel: Kernel,
+        key_mask: Tensor | None,
+        heads_per_chunk: int | None = None,
+        balance: Balance = "heads",
+        head_counts: tuple[int, ...] | None = None,
+        mesh: MeshGroups | None,
+    ) -> None:
+        members = len(token_counts)
+        if mesh is None or mesh.mesh.members != members:
+            found = None if mesh is None else mesh.mesh.members
+            raise ValueError(f"mesh of {found} members cannot hold {members}: attention.strategy='usp' needs {members}")
+        shape = mesh.mesh
+        line, ring_line = shape.ulysses_members(member), shape.ring_members(member)
+        lines = [shape.ulysses_members(other) for other in ring_line]
+        start = offsets(token_counts)
+        if key_mask is not None:  # from member order to the order in which lines lie on the ring
+            order = [p for others in lines for other in others for p in range(start[other], start[other + 1])]
+            key_mask = key_mask[:, order]
+        ring = Ring(
+            group=mesh.ring,
+            member=ring_line.index(member),
+            token_counts=tuple(sum(token_counts[other] for other in others) for others in lines),
+            num_heads=num_heads,
+            kernel=kernel,
+            key_mask=key_mask,
+        )
+
+        def around_the_ring(q: Tensor, k: Tensor, v: Tensor, line_mask: Tensor | None) -> Tensor:
+            """The kernel of the line: some heads of its tokens, over the tokens of all lines."""
+            assert line_mask is None, "the ring has the masks of all lines"
+            return ring(q, k, v)
+
+        self.ring = ring
+        self.line = Ulysses(
+            group=mesh.ulysses,
+            member=line.index(member),
+            token_counts=tuple(token_counts[other] for other in line),
+            num_heads=num_heads,
+            kernel=around_the_ring,
+            key_mask=None,
+            heads_per_chunk=heads_per_chunk,
+            balance=balance,
+            head_counts=head_counts,
+        )
+
+    def begin(self) -> UlyssesCall:
+        """The attention of one layer."""
+        return self.line.begin()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Local tokens of all heads in, the same out: [B, S_local, N, D]."""
+        return self.line(q, k, v)

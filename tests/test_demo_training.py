@@ -1,0 +1,411 @@
+"""The demo model trains in resumable steps, whitens exactly, and exports a directory that stock diffusers renders."""
+
+import itertools
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import HunyuanVideoPipeline
+from safetensors.torch import load_file
+
+from tools import train_demo_model
+from tools.demo_model import (
+    CROP_START,
+    DIT_SHAPES,
+    MAX_BYTES,
+    TEMPLATE,
+    TEXT_TOKENS,
+    build_text_encoders,
+    build_tokenizers,
+    build_transformer,
+    build_vae,
+    encode_text,
+    fold_whitening,
+    num_parameters,
+    tokenize,
+)
+from tools.moving_shapes import caption, is_held_out, scene_at
+from tools.train_demo_model import (
+    Compute,
+    Recipe,
+    finish_vae,
+    learning_rate,
+    main,
+    noise_levels,
+    save_atomic,
+    slim,
+    train_dit,
+    train_vae,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _recipe(**changes: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "seed": 3,
+        "vae": "tiny",
+        "dit": "tiny",
+        "num_frames": 5,
+        "height": 32,
+        "width": 32,
+        "vae_iterations": 6,
+        "dit_iterations": 6,
+        "batch_scale": 0.06,
+        "vae_lr": 1e-3,
+        "dit_lr": 1e-3,
+        "cached_clips": 16,
+    }
+    return Recipe(**{**values, **changes})
+
+
+def _compute(stop_after: int | None = None, workers: int = 0) -> Compute:
+    return Compute(
+        device=torch.device("cpu"),
+        workers=workers,
+        deadline=math.inf,
+        checkpoint_s=math.inf,
+        eval_s=math.inf,
+        eval_prompts=2,
+        stop_after=stop_after,
+    )
+
+
+def _flat(state: Any, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Every tensor of a nested checkpoint by its path."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items: Any = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
+    return {path: t for key, value in items for path, t in _flat(value, f"{prefix}/{key}").items()}
+
+
+def _assert_same_checkpoint(first: Path, second: Path) -> None:
+    one, two = (_flat(torch.load(f, weights_only=True)) for f in (first, second))
+    assert one.keys() == two.keys()
+    assert len(one) > 100
+    for path, tensor in one.items():
+        assert torch.equal(tensor, two[path]), path
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both stages in one go."""
+    run = tmp_path_factory.mktemp("whole")
+    assert train_vae(run, _recipe(), _compute())
+    assert train_dit(run, _recipe(), _compute(), accept_vae=True)
+    return run
+
+
+def test_interrupted_training_ends_in_the_same_weights(whole_run: Path, tmp_path: Path) -> None:
+    assert not train_vae(tmp_path, _recipe(), _compute(stop_after=4))
+    assert train_vae(tmp_path, _recipe(), _compute())
+    _assert_same_checkpoint(whole_run / "vae.ckpt", tmp_path / "vae.ckpt")
+    assert not train_dit(tmp_path, _recipe(), _compute(stop_after=1), accept_vae=True)
+    assert not train_dit(tmp_path, _recipe(), _compute(stop_after=3), accept_vae=True)
+    assert train_dit(tmp_path, _recipe(), _compute(), accept_vae=True)
+    _assert_same_checkpoint(whole_run / "dit.ckpt", tmp_path / "dit.ckpt")
+
+
+def test_forgotten_optimizer_state_is_noticed(whole_run: Path, tmp_path: Path) -> None:
+    """The twin: without the moments (a slim checkpoint) the resumed weights must differ."""
+    run = tmp_path / "run"
+    run.mkdir()
+    assert not train_vae(run, _recipe(), _compute(stop_after=4))
+    slim(run, tmp_path / "slim")
+    assert (tmp_path / "slim" / "vae.ckpt").stat().st_size < 0.4 * (run / "vae.ckpt").stat().st_size
+    assert train_vae(tmp_path / "slim", _recipe(), _compute())
+    one, two = (torch.load(d / "vae.ckpt", weights_only=True)["ema"] for d in (whole_run, tmp_path / "slim"))
+    assert not all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_another_seed_gives_other_weights(whole_run: Path, tmp_path: Path) -> None:
+    assert train_vae(tmp_path, _recipe(seed=4), _compute())
+    one, two = (torch.load(d / "vae.ckpt", weights_only=True)["ema"] for d in (whole_run, tmp_path))
+    assert not any(torch.equal(one[k], two[k]) for k in one if k.endswith("conv.weight"))
+
+
+@pytest.mark.slow
+def test_worker_processes_give_the_same_weights(whole_run: Path, tmp_path: Path) -> None:
+    assert train_vae(tmp_path, _recipe(), _compute(workers=2))
+    _assert_same_checkpoint(whole_run / "vae.ckpt", tmp_path / "vae.ckpt")
+
+
+def test_curves_forget_what_a_resume_repeats(tmp_path: Path) -> None:
+    file = tmp_path / "curves.jsonl"
+    entries = [("vae", 50), ("vae", 100), ("vae", 150), ("dit", 150)]
+    file.write_text("".join(json.dumps({"stage": s, "iteration": i}) + "\n" for s, i in entries))
+    log = train_demo_model.open_log(tmp_path, "vae", 100)
+    log({"iteration": 150, "loss": 1.0})
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(x["stage"], x["iteration"]) for x in lines] == [("vae", 50), ("vae", 100), ("dit", 150), ("vae", 150)]
+
+
+def test_checkpoint_is_replaced_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "vae.ckpt"
+    save_atomic({"iteration": 1}, file)
+
+    class Unwritable:
+        def __reduce__(self) -> Any:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_atomic({"iteration": Unwritable()}, file)
+    assert torch.load(file, weights_only=True) == {"iteration": 1}
+
+
+def test_training_lowers_the_loss() -> None:
+    torch.manual_seed(0)
+    vae = build_vae("tiny")
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
+    video = train_demo_model._VaeBatches(_recipe(batch_scale=0.2))(0)
+    losses = []
+    for step in range(25):
+        loss, _ = train_demo_model.vae_loss(vae, video, torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.75 * losses[0]
+
+
+def test_only_trained_combinations_are_trained_on() -> None:
+    recipe = _recipe()
+    scenes = [train_demo_model._cached_scene(recipe, i) for i in range(200)]
+    assert not any(is_held_out(t) for s in scenes for t in s.objects)
+
+
+# --- whitening --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_whitening_is_exact() -> None:
+    torch.manual_seed(0)
+    vae = build_vae("tiny").double()
+    torch.nn.init.normal_(vae.quant_conv.bias)
+    video = torch.rand(4, 3, 5, 32, 32, dtype=torch.float64) * 2 - 1
+    before = vae.encode(video).latent_dist
+    decoded = vae.decode(before.mode()).sample
+    mean, std = before.mode().mean((0, 2, 3, 4)), before.mode().std((0, 2, 3, 4))
+    fold_whitening(vae, mean, std)
+    after = vae.encode(video).latent_dist
+    torch.testing.assert_close(after.mode().mean((0, 2, 3, 4)), torch.zeros_like(mean), atol=1e-10, rtol=0)
+    torch.testing.assert_close(after.mode().std((0, 2, 3, 4)), torch.ones_like(std), atol=1e-10, rtol=0)
+    torch.testing.assert_close(after.std, before.std / std.view(1, -1, 1, 1, 1), atol=1e-10, rtol=1e-10)
+    torch.testing.assert_close(vae.decode(after.mode()).sample, decoded, atol=1e-10, rtol=0)
+
+
+@torch.no_grad()
+def test_half_folded_whitening_is_noticed() -> None:
+    """The twin: folding into the encoder alone changes the pictures."""
+    torch.manual_seed(0)
+    vae = build_vae("tiny").double()
+    video = torch.rand(2, 3, 5, 32, 32, dtype=torch.float64) * 2 - 1
+    latents = vae.encode(video).latent_dist.mode()
+    decoded = vae.decode(latents).sample
+    back = {k: v.clone() for k, v in vae.post_quant_conv.state_dict().items()}
+    fold_whitening(vae, latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4)))
+    vae.post_quant_conv.load_state_dict(back)
+    assert (vae.decode(vae.encode(video).latent_dist.mode()).sample - decoded).abs().max() > 1e-3
+
+
+def test_a_dead_latent_channel_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"std=0.0 of a latent channel must be positive"):
+        fold_whitening(build_vae("tiny"), torch.zeros(4), torch.tensor([1.0, 1.0, 0.0, 1.0]))
+
+
+def test_finished_vae_gives_whitened_latents(whole_run: Path) -> None:
+    latents = load_file(whole_run / "latents.safetensors")["latents"].float()
+    assert latents.shape == (16, 4, 2, 4, 4)
+    assert latents.mean((0, 2, 3, 4)).abs().max() < 0.5
+    assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 0.5
+
+
+def test_a_vae_below_its_targets_is_not_trained_on(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no vae.ckpt: train with --stage vae first"):
+        finish_vae(tmp_path, _recipe(), _compute(), accept=False)
+    train_vae(tmp_path, _recipe(), _compute(stop_after=1))
+    with pytest.raises(ValueError, match=r"of the VAE: need 30.0 dB and 0.97; train it longer"):
+        finish_vae(tmp_path, _recipe(), _compute(), accept=False)
+    assert not (tmp_path / "vae.safetensors").exists()
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> tuple[Any, Any]:
+    return build_tokenizers()
+
+
+def test_template_prefix_has_the_tokens_that_the_pipeline_cuts(tokenizers: tuple[Any, Any]) -> None:
+    tokenizer = tokenizers[0]
+    ids = tokenizer(TEMPLATE.format("a red ball")).input_ids
+    rest = tokenizer.decode(ids[CROP_START:])
+    assert rest == "a red ball<|eot_id|>"
+    assert "a red ball" not in tokenizer.decode(ids[: CROP_START + 1])
+
+
+def test_every_caption_fits_and_any_text_survives(tokenizers: tuple[Any, Any]) -> None:
+    tokenizer, tokenizer_2 = tokenizers
+    rng = np.random.default_rng(0)
+    captions = [caption(scene_at(8, i, split="any"), rng) for i in range(500)]
+    assert max(len(tokenizer.tokenize(c)) for c in captions) + 1 <= TEXT_TOKENS  # one for <|eot_id|>
+    assert max(len(tokenizer_2(c).input_ids) for c in captions) <= 77
+    for text in ("Ein Würfel, 3 Bälle; \n 雪 🦊", captions[0]):
+        assert tokenizer.decode(tokenizer(text).input_ids[1:]) == text
+    assert tokenizer_2.eos_token_id != 2  # CLIP's legacy pooling
+
+
+@torch.no_grad()
+def test_training_text_equals_the_pipelines_text(tokenizers: tuple[Any, Any]) -> None:
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = tokenizers
+    llama, clip = build_text_encoders("tiny", tokenizer, tokenizer_2)
+    vae = build_vae("tiny")
+    dit = build_transformer("tiny", 4)
+    pipe = train_demo_model.build_pipeline(
+        vae=vae, transformer=dit, llama=llama, clip=clip, tokenizer=tokenizer, tokenizer_2=tokenizer_2
+    )
+    prompts = ["a red ball bounces", ""]
+    text, mask, pooled = encode_text(llama, clip, tokenize(prompts, tokenizer, tokenizer_2))
+    wanted, wanted_pooled, wanted_mask = pipe.encode_prompt(prompt=prompts)  # the pipeline's own 256 places
+    assert torch.equal(mask.sum(1), wanted_mask.sum(1))
+    for row in range(2):
+        valid = int(mask[row].sum())
+        torch.testing.assert_close(text[row, :valid], wanted[row, :valid], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(pooled, wanted_pooled)
+    assert not torch.equal(pooled[0], pooled[1])
+
+
+# --- the DiT ------------------------------------------------------------------------------------------------------
+
+
+def test_annealing_follows_the_clock(tmp_path: Path) -> None:
+    """The rate of the last iteration: low where the time was nearly over, the schedule's own where it was not."""
+    recipe = _recipe(vae_iterations=100_000)
+    rates = []
+    for name, seconds in (("long", 1e6), ("short", 4.0)):
+        (tmp_path / name).mkdir()
+        compute = replace(_compute(), anneal=True, deadline=time.monotonic() + seconds)
+        compute = replace(compute, stop_after=3 if name == "long" else None)
+        assert not train_vae(tmp_path / name, recipe, compute)
+        state = torch.load(tmp_path / name / "vae.ckpt", weights_only=True)
+        rates.append(
+            state["optimizer"]["param_groups"][0]["lr"] / learning_rate(1e-3, state["iteration"] - 1, 100_000, 0.5)
+        )
+    assert rates[0] == pytest.approx(1.0, rel=1e-6)
+    assert rates[1] < 0.3
+
+
+def test_noise_levels_match_the_shift() -> None:
+    sigma = noise_levels(20000, torch.Generator().manual_seed(0))
+    assert 0 < sigma.min() < sigma.max() < 1
+    assert abs(float(sigma.median()) - 2 / 3) < 0.02  # shift 2 moves a half to two thirds
+
+
+def test_learning_rate_warms_up_and_decays() -> None:
+    rates = [learning_rate(1.0, i, 1000, 0.6) for i in range(1000)]
+    assert rates[0] < 0.02
+    assert rates[100] == rates[600] == 1.0
+    assert rates[-1] < 0.03
+    assert all(a >= b for a, b in itertools.pairwise(rates[600:]))
+
+
+def test_shipped_sizes_fit_the_limit_and_have_odd_heads(tokenizers: tuple[Any, Any]) -> None:
+    dit = build_transformer("base", 16)
+    parameters = num_parameters(build_vae("wide"), dit, *build_text_encoders("base", *tokenizers))
+    assert 2 * parameters < MAX_BYTES - 200_000
+    assert DIT_SHAPES["base"].heads in (6, 12, 24)
+    assert sum(DIT_SHAPES["base"].rope) == DIT_SHAPES["base"].head_dim
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_frames": 16}, r"num_frames=16 must be 1 \+ 4\*k and at least 5, nearest is 17"),
+        ({"height": 40}, r"height=40 must be a multiple of 16, at least 32, nearest is 32"),
+        ({"batch_scale": 0.0}, r"batch_scale=0.0 must be positive"),
+        ({"vae": "huge"}, r"vae='huge' must be one of tiny"),
+    ],
+)
+def test_recipes_that_cannot_train_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _recipe(**change).check()
+
+
+# --- the exported directory ---------------------------------------------------------------------------------------
+
+
+def _arguments(run: Path, *more: str) -> list[str]:
+    sizes = ["--vae", "tiny", "--dit", "tiny", "--frames", "5", "--height", "32", "--width", "32", "--seed", "3"]
+    amounts = ["--vae-iterations", "2", "--dit-iterations", "2", "--batch-scale", "0.06", "--cached-clips", "16"]
+    return ["--run", str(run), *sizes, *amounts, "--eval-prompts", "2", "--threads", "1", *more]
+
+
+def test_export_renders_with_stock_diffusers_and_default_arguments(whole_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    train_demo_model.open_run(whole_run, _recipe())
+    assert main(_arguments(whole_run, "--stage", "export", "--export", str(out))) == 0
+    sizes = {f.relative_to(out).as_posix(): f.stat().st_size for f in out.rglob("*") if f.is_file()}
+    assert sum(sizes.values()) <= MAX_BYTES
+    assert {"README.md", "model_index.json", "transformer/diffusion_pytorch_model.safetensors"} <= sizes.keys()
+    weights = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert {w.dtype for w in weights.values()} == {torch.bfloat16}
+    card = (out / "README.md").read_text()
+    assert "6 VAE and 6 DiT iterations, seed 3" in card
+    assert "5 frames of 32x32" in card
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pipe = HunyuanVideoPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    tokens = pipe.tokenizer(TEMPLATE.format("a red ball")).input_ids
+    assert pipe.tokenizer.decode(tokens[CROP_START:]) == "a red ball<|eot_id|>"
+
+    def video(**changes: Any) -> np.ndarray[Any, Any]:
+        values: dict[str, Any] = {"prompt": "a red ball", "height": 32, "width": 32, "num_frames": 5, **changes}
+        generator = torch.Generator().manual_seed(0)
+        return np.asarray(pipe(**values, num_inference_steps=2, generator=generator, output_type="np").frames)
+
+    first = video()
+    assert first.shape == (1, 5, 32, 32, 3)
+    assert np.isfinite(first).all()
+    assert np.array_equal(first, video(guidance_scale=1.0))  # the embedded guidance is trained to nothing
+    assert not np.array_equal(first, video(prompt="a blue bar"))
+    # exporting again replaces it; another directory is not touched
+    assert main(_arguments(whole_run, "--stage", "export", "--export", str(out))) == 0
+    (tmp_path / "precious").mkdir()
+    with pytest.raises(ValueError, match=r"exists and holds no model_index\.json"):
+        main(_arguments(whole_run, "--stage", "export", "--export", str(tmp_path / "precious")))
+
+
+def test_command_line_resumes_only_when_told(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert main(_arguments(run, "--stage", "vae")) == 0
+    with pytest.raises(ValueError, match="already holds a run: pass --resume"):
+        main(_arguments(run, "--stage", "vae"))
+    with pytest.raises(ValueError, match=r"seed=9 differs from 3 of this run"):
+        main(_arguments(run, "--stage", "vae", "--resume", "--seed", "9"))
+    assert main(_arguments(run, "--stage", "vae", "--resume", "--vae-iterations", "3")) == 0
+    assert torch.load(run / "vae.ckpt", weights_only=True)["iteration"] == 3
+    assert (
+        main(_arguments(run, "--stage", "vae", "--resume", "--vae-iterations", "9", "--anneal", "--minutes", "9")) == 0
+    )
+    with pytest.raises(ValueError, match="anneal=True needs --minutes"):
+        main(_arguments(run, "--stage", "vae", "--resume", "--anneal"))
+    with pytest.raises(ValueError, match="stage='export' needs --export DIRECTORY"):
+        main(_arguments(run, "--stage", "export"))
