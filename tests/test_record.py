@@ -228,7 +228,14 @@ class Sharded:
         return observing(self._denoiser.transformer, None, keep, num_blocks)
 
 
-PLANTED = {"right": None, "ring": None, "block 0": (0, 0), "block 3": (3, 0), "block 2 of step 1": (2, 1), "ungathered": None}
+PLANTED = {
+    "right": None,
+    "ring": None,
+    "block 0": (0, 0),
+    "block 3": (3, 0),
+    "block 2 of step 1": (2, 1),
+    "ungathered": None,
+}
 
 
 def record_mistakes(runtime: Runtime, checkpoint: str, folder: str) -> None:
