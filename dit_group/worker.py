@@ -1,6 +1,8 @@
 """What a DiT rank does with the commands of the engine: begin, step, finish, hand over."""
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 import safetensors.torch
@@ -8,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_group.denoise import Denoising, draw_noise
+from dit_group.record import Keep, StepRecording
 from videopipe.messages import BeginDenoise, RunStep, SendLatents
 from videopipe.records import VideoRequest
 from videopipe.runtime import PeerLink, Runtime
@@ -25,6 +28,9 @@ class Denoiser(Protocol):
     def take_help(self, helpers: tuple[int, ...]) -> None:
         """From now on these VAE ranks take a share of the attention; empty for none."""
 
+    def observe(self, keep: Keep, num_blocks: int) -> AbstractContextManager[None]:
+        """Within the block, steps hand whole tensors to `keep`, see `dit_group.record.observing`."""
+
 
 class DitWorker:
     """Holds the requests under way on one DiT rank, and on the leader the latents that wait to be decoded."""
@@ -34,6 +40,7 @@ class DitWorker:
         self._link = link
         self._denoiser = denoiser
         self._runs: dict[str, Denoising] = {}
+        self._recordings: dict[str, StepRecording] = {}
         self._latents: dict[str, Tensor] = {}
         self._transfers: dict[str, int] = {}
 
@@ -48,15 +55,24 @@ class DitWorker:
             noise = safetensors.torch.load(payload)["latents"]
         on_device = {name: tensor.to(self._runtime.device) for name, tensor in conditioning.items()}
         self._runs[request.id] = self._denoiser.begin(request, on_device, noise.to(self._runtime.device))
+        if message.record_to is not None:
+            self._recordings[request.id] = StepRecording(
+                Path(message.record_to), message.record_blocks, writes=self._runtime.is_leader
+            )
 
     def step(self, message: RunStep) -> None:
-        """Run one step; on CUDA this returns when its kernels are queued."""
+        """Run one step; on CUDA this returns when its kernels are queued, or, if it is recorded, when it is written."""
         self._denoiser.take_help(message.helpers)
-        self._runs[message.request].step(message.step)
+        run, recording = self._runs[message.request], self._recordings.get(message.request)
+        if recording is None:
+            run.step(message.step)
+        else:
+            recording.step(self._denoiser, run, message.step)
 
     def finish(self, request: str) -> None:
         """Free the state; the leader keeps the latents in host memory."""
         run = self._runs.pop(request)
+        self._recordings.pop(request, None)
         assert run.next_step == run.num_steps, (request, run.next_step, run.num_steps)
         if self._runtime.is_leader:
             self._latents[request] = run.latents.to("cpu", torch.float32).contiguous()
@@ -74,5 +90,6 @@ class DitWorker:
             self._link.forget(transfer)
 
     def abandon(self, request: str) -> None:
-        """Forget a cancelled request that has not finished."""
+        """Forget a cancelled request that has not finished; steps recorded so far stay."""
         self._runs.pop(request, None)
+        self._recordings.pop(request, None)

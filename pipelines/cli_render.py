@@ -77,6 +77,12 @@ def render(
     output_format: Annotated[str | None, typer.Option(help="mp4, png, npy or latent.")] = None,
     overrides: SetOption = None,
     trace: Annotated[Path | None, typer.Option(help="Write a Chrome trace of every rank.")] = None,
+    record_latents: Annotated[
+        bool, typer.Option("--record-latents", help="Also <id>.steps: prediction and latents of every denoising step.")
+    ] = False,
+    record_blocks: Annotated[
+        int | None, typer.Option(help="In these also the outputs of N blocks, evenly chosen; --record-latents with it.")
+    ] = None,
     request_id: Annotated[str | None, typer.Option("--id", help="Name of the files of a single prompt.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress and no summary.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="With an error: the traceback of the rank.")] = False,
@@ -101,6 +107,8 @@ def render(
         "groups.dit_ranks": dit_ranks,
         "groups.vae_ranks": vae_ranks,
         "output.format": output_format,
+        "output.record_latents": record_latents or None,
+        "output.record_blocks": record_blocks,
     }
     try:
         resolved = resolve_config(config, overrides or (), flags)
@@ -180,7 +188,7 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
         ValueError: names the field, the value and the nearest valid value.
         OSError: the output cannot be written there.
     """
-    check_file_names(config.output.format, requests, output_dir, trace)
+    check_file_names(config.output.format, requests, output_dir, trace, steps=config.output.records_steps)
     check_writable(output_dir)
     if trace is not None:
         check_writable(trace.parent)
@@ -218,7 +226,12 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
 
 
 def check_file_names(
-    form: OutputFormat, requests: Sequence[VideoRequest], output_dir: Path, trace: Path | None
+    form: OutputFormat,
+    requests: Sequence[VideoRequest],
+    output_dir: Path,
+    trace: Path | None,
+    *,
+    steps: bool = False,
 ) -> None:
     """Refuse requests that would overwrite each other's files, or the trace.
 
@@ -227,7 +240,7 @@ def check_file_names(
     """
     owners: dict[Path, str] = {} if trace is None else {trace.absolute(): "--trace"}
     for request in requests:
-        for suffix in (SUFFIXES[form], ".json"):
+        for suffix in (SUFFIXES[form], ".json", *((".steps",) if steps else ())):
             path = (output_dir / (request.id + suffix)).absolute()
             if path in owners:
                 raise ValueError(f"id={request.id!r} would write {path.name}, as {owners[path]!r} does")
@@ -307,7 +320,7 @@ def _render_into(
         ready = time.monotonic()
         pipe.trace.rank_names[ENGINE_RANK] = "files"
         try:
-            for result in pipe.render(requests):
+            for result in pipe.render(requests, record_to=output_dir if config.output.records_steps else None):
                 with recorder.span("write", request=result.request_id):
                     path = result.save_to(output_dir)
                 pipe.trace.add(recorder.drain())

@@ -3,6 +3,7 @@
 import html
 import itertools
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -14,6 +15,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
+from pipelines.bundled import find_config
+from pipelines.noise_floor import (
+    ConfigFloor,
+    RankLayout,
+    floor_configs,
+    form_of_clip,
+    measure_config_floor,
+    num_devices,
+    print_floors,
+    request_for,
+    usual_layouts,
+)
+from videopipe.config import Config, load_config
 from videopipe.files import replacing
 from videopipe.quality.align import Align, paired_frames, parse_align
 from videopipe.quality.clips import Clip, Decoder, clips_in, is_output_directory, open_clip, read_side_car
@@ -29,6 +43,15 @@ from videopipe.quality.vmaf import find_ffmpeg
 from videopipe.quality.vmaf import vmaf as measure_vmaf
 
 app = typer.Typer(add_completion=False)
+
+
+class FloorJob(msgspec.Struct, frozen=True, kw_only=True):
+    """What `--noise-floor` and its options ask for. `configs`: one for each kernel; the first one's floor judges."""
+
+    configs: tuple[Config, ...]
+    layouts: tuple[RankLayout, ...] | None = None
+    num_runs: int = 2
+    prompt: str | None = None
 
 
 class _Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +70,7 @@ class _Job(msgspec.Struct, frozen=True, kw_only=True):
     tolerance: float
     vmaf: Path | None  # the ffmpeg to measure it with
     lpips: Lpips | None
+    noise_floor: FloorJob | None
     json: Path | None
     report: Path | None
     report_frames: int
@@ -75,8 +99,12 @@ class _Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 @app.command()
 def compare(
-    ref: Annotated[Path, typer.Argument(metavar="REF", help="The clip, or directory of clips, taken as right.")],
-    cand: Annotated[Path, typer.Argument(metavar="CAND", help="The clip, or directory of clips, to judge.")],
+    ref: Annotated[
+        Path | None, typer.Argument(metavar="REF", help="The clip, or directory of clips, taken as right.")
+    ] = None,
+    cand: Annotated[
+        Path | None, typer.Argument(metavar="CAND", help="The clip, or directory of clips, to judge.")
+    ] = None,
     *,
     metrics: Annotated[
         str | None, typer.Option(help="max_abs, mae, psnr, ssim, ms_ssim, flicker; all that apply by default.")
@@ -84,7 +112,9 @@ def compare(
     fail_under: Annotated[
         str | None, typer.Option(help="Limits on the worst frame, psnr=45,ssim=0.99; psnr.mean=45 for the mean.")
     ] = None,
-    expect: Annotated[str | None, typer.Option(help="identical, or within-floor (with --rerun).")] = None,
+    expect: Annotated[
+        str | None, typer.Option(help="identical, or within-floor (with --rerun or --noise-floor).")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write every number to this file.")] = None,
     report: Annotated[Path | None, typer.Option(help="Write one HTML page that opens from disk.")] = None,
     align: Annotated[str, typer.Option(help="For clips that do not match: length, index, time, depth.")] = "",
@@ -92,6 +122,28 @@ def compare(
     seams: Annotated[str, typer.Option(help="First frames of the segments after the first, 61,121.")] = "",
     rerun: Annotated[
         list[Path] | None, typer.Option(help="Another render of REF's request; repeatable. Measures the noise floor.")
+    ] = None,
+    noise_floor: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CONFIG",
+            help="Render REF's request with this configuration to measure the noise floor; REF may be left out.",
+        ),
+    ] = None,
+    runs: Annotated[int | None, typer.Option(help="With --noise-floor: renders as configured, 2 by default.")] = None,
+    layouts: Annotated[
+        str | None,
+        typer.Option(help="With --noise-floor: also on 1+0,2+1 ranks; by default 1+0 and one DiT rank more."),
+    ] = None,
+    kernels: Annotated[
+        str | None, typer.Option(help="With --noise-floor: attention kernels; CAND is judged by the first one's floor.")
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="With --noise-floor: what to render where REF does not tell.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="With --noise-floor: override a key of CONFIG; repeatable."),
     ] = None,
     slack: Annotated[float, typer.Option(help="Errors up to this many times the noise floor are within it.")] = 1.5,
     trace_tolerance: Annotated[
@@ -110,6 +162,8 @@ def compare(
 ) -> None:
     """Compare two clips frame by frame, or two directories clip by clip.
 
+    With --noise-floor, render one request several times, and judge CAND by how far these are apart.
+
     Exit code 0: compared, and every limit holds. 1: a limit does not hold. 2: wrong usage, or clips that cannot be
     read or do not match.
     """
@@ -123,19 +177,25 @@ def compare(
             decoder=_parse_decoder(decoder),
             workers=workers,
             thresholds=parse_thresholds(fail_under or ""),
-            expect=_parse_expect(expect, rerun or []),
+            expect=_parse_expect(expect, has_floor=bool(rerun) or noise_floor is not None),
             reruns=tuple(rerun or ()),
             slack=slack,
             tolerance=trace_tolerance,
             vmaf=find_ffmpeg(ffmpeg) if vmaf else None,
             lpips=_load_lpips(lpips_backbone, lpips_heads),
+            noise_floor=_parse_noise_floor(noise_floor, runs, layouts, kernels, prompt, overrides),
             json=json_file,
             report=report,
             report_frames=report_frames,
             report_width=report_width,
         )
         _check_outputs(job)
-        code = _run(ref, cand, job, console, errors)
+        if job.noise_floor is not None:
+            code = _run_noise_floor(ref, cand, job, job.noise_floor, console, errors)
+        elif ref is None or cand is None:
+            raise ValueError("need REF and CAND, or --noise-floor CONFIG")
+        else:
+            code = _run(ref, cand, job, console, errors)
     except (ValueError, OSError) as error:
         _usage_error(errors, str(error))
     if code:
@@ -206,7 +266,84 @@ def _run_steps(ref: Path, cand: Path, job: _Job, console: Console) -> int:
     return 1 if job.expect == "identical" and found.first is not None else 0
 
 
-def _compare_pair(ref: Path, cand: Path, job: _Job, page: Path | None, console: Console) -> _Outcome:
+def _run_noise_floor(
+    ref: Path | None, cand: Path | None, job: _Job, asked: FloorJob, console: Console, errors: Console
+) -> int:
+    """Measure the floor of each kernel; judge CAND against REF, or against the renders where there is no REF."""
+    from pipelines.families import load_family
+    from pipelines.faults import RankError
+    from pipelines.launch import LocalLauncher
+
+    if cand is None:
+        ref, cand = None, ref  # a single clip is the one to judge
+    _check_noise_floor(ref, cand, job)
+    clips = [path for path in (ref, cand) if path is not None]
+    forms = {form_of_clip(open_clip(path, job.decoder).info) for path in clips} or {asked.configs[0].output.format}
+    if len(forms) > 1:
+        raise ValueError(f"REF and CAND are of different formats, {' and '.join(sorted(forms))}, need the same")
+    (form,) = forms
+    request = request_for(asked.configs[0], clips, asked.prompt)
+    layouts = asked.layouts or usual_layouts(asked.configs[0], num_devices(asked.configs[0]))
+    for config in asked.configs:
+        floor_configs(config, request, form=form, layouts=layouts, num_runs=asked.num_runs)
+    found: list[ConfigFloor] = []
+    outcome = None
+    launcher = LocalLauncher(load_family(asked.configs[0].model.family).preload)  # one for all renders
+    try:
+        with tempfile.TemporaryDirectory(prefix="videopipe-floor-") as folder:
+            for index, config in enumerate(asked.configs):
+                floor, runs = measure_config_floor(
+                    config,
+                    request,
+                    Path(folder, str(index)),
+                    lambda a, b: _compare_paths(a, b, job, console),
+                    form=form,
+                    layouts=layouts,
+                    num_runs=asked.num_runs,
+                    launcher=launcher,
+                    note=lambda line: errors.print(line, highlight=False, markup=False, soft_wrap=True),
+                )
+                found.append(floor)
+                if index == 0 and cand is not None:
+                    reference, *others = runs if ref is None else [ref]
+                    outcome = _compare_pair(
+                        reference, cand, job, job.report, console, measured=floor.floor, others=tuple(others)
+                    )
+    except RankError as error:
+        raise ValueError(f"{error}; --layouts chooses the numbers of ranks") from error
+    finally:
+        launcher.close()
+    print_floors(console, request, found)
+    if outcome is not None:
+        _print_outcome(console, outcome)
+    if job.json is not None:
+        data = {"noise_floor": msgspec.to_builtins(found[0].floor)} if outcome is None else outcome.as_json()
+        _write_json(job.json, {**data, "noise_floors": {floor.kernel: floor.as_json() for floor in found}})
+    return 1 if outcome is not None and outcome.failed else 0
+
+
+def _check_noise_floor(ref: Path | None, cand: Path | None, job: _Job) -> None:
+    """Refuse what would be found out after the renders."""
+    if job.reruns:
+        raise ValueError("--rerun and --noise-floor: both give the noise floor, need one of them")
+    if cand is None and (job.expect is not None or job.thresholds or job.report is not None):
+        raise ValueError("--expect, --fail-under and --report judge CAND, and none is given")
+    for path in (ref, cand):
+        if path is not None and is_output_directory(path):
+            raise ValueError(f"{path} is a directory of clips, --noise-floor takes one clip of one request")
+
+
+def _compare_pair(
+    ref: Path,
+    cand: Path,
+    job: _Job,
+    page: Path | None,
+    console: Console,
+    *,
+    measured: NoiseFloor | None = None,
+    others: tuple[Path, ...] = (),
+) -> _Outcome:
+    """Compare and judge; with a `measured` floor CAND is judged against REF and `others` by it, else by the reruns."""
     left, right = open_clip(ref, job.decoder), open_clip(cand, job.decoder)
     comparison = _with_extras(_measure(left, right, job, console), left, right, job)
     comparison = msgspec.structs.replace(comparison, notes=(*comparison.notes, *_hash_notes(ref, cand)))
@@ -214,7 +351,12 @@ def _compare_pair(ref: Path, cand: Path, job: _Job, page: Path | None, console: 
     found = None
     if all(folder.is_dir() for folder in folders):
         found = trace(*folders, tolerance=job.tolerance, trim="length" in job.align)
-    floor, judgement = (None, None) if not job.reruns else _judge(ref, cand, comparison, job, console)
+    floor, judgement = None, None
+    if measured is not None:
+        against = [comparison, *(_compare_paths(run, cand, job, console) for run in others)]
+        floor, judgement = measured, judge(against, measured, slack=job.slack)
+    elif job.reruns:
+        floor, judgement = _judge(ref, cand, comparison, job, console)
     failed = list(failures(comparison, job.thresholds))
     if job.expect == "identical" and not comparison.identical:
         first = comparison.first_different_frame
@@ -237,6 +379,11 @@ def _compare_pair(ref: Path, cand: Path, job: _Job, page: Path | None, console: 
             trace=lines,
         )
     return _Outcome(comparison=comparison, trace=found, floor=floor, judgement=judgement, failed=tuple(failed))
+
+
+def _compare_paths(ref: Path, cand: Path, job: _Job, console: Console) -> Comparison:
+    left, right = open_clip(ref, job.decoder), open_clip(cand, job.decoder)
+    return _with_extras(_measure(left, right, job, console), left, right, job)
 
 
 def _measure(ref: Clip, cand: Clip, job: _Job, console: Console) -> Comparison:
@@ -286,14 +433,9 @@ def _judge(
     ref: Path, cand: Path, comparison: Comparison, job: _Job, console: Console
 ) -> tuple[NoiseFloor, FloorJudgement]:
     """The noise floor of REF and its reruns, and CAND against it."""
-
-    def pair(a: Path, b: Path) -> Comparison:
-        left, right = open_clip(a, job.decoder), open_clip(b, job.decoder)
-        return _with_extras(_measure(left, right, job, console), left, right, job)
-
     runs = (ref, *job.reruns)
-    floor = floor_from((pair(a, b) for a, b in itertools.combinations(runs, 2)), len(runs))
-    against = [comparison, *(pair(run, cand) for run in job.reruns)]
+    floor = floor_from((_compare_paths(a, b, job, console) for a, b in itertools.combinations(runs, 2)), len(runs))
+    against = [comparison, *(_compare_paths(run, cand, job, console) for run in job.reruns)]
     return floor, judge(against, floor, slack=job.slack)
 
 
@@ -388,15 +530,45 @@ def _parse_decoder(text: str) -> Decoder:
     raise ValueError(f"decoder={text!r} must be auto, decord or av, nearest is 'auto'")
 
 
-def _parse_expect(text: str | None, reruns: list[Path]) -> Expectation | None:
+def _parse_noise_floor(
+    name: str | None,
+    runs: int | None,
+    layouts: str | None,
+    kernels: str | None,
+    prompt: str | None,
+    overrides: list[str] | None,
+) -> FloorJob | None:
+    if name is None:
+        options = {"--runs": runs, "--layouts": layouts, "--kernels": kernels, "--prompt": prompt, "--set": overrides}
+        for option, value in options.items():
+            if value is not None:
+                raise ValueError(f"{option} goes with --noise-floor CONFIG, which is not given")
+        return None
+    path, changes = find_config(name), overrides or []
+    words = [None] if kernels is None else [word.strip() for word in kernels.split(",") if word.strip()]
+    if not words:
+        raise ValueError(f"kernels={kernels!r} names none, nearest is 'sdpa'")
+    return FloorJob(
+        configs=tuple(
+            load_config(path, changes if word is None else [*changes, f"model.attention_kernel={word}"])
+            for word in dict.fromkeys(words)
+        ),
+        layouts=None if layouts is None else tuple(RankLayout.parse(word) for word in layouts.split(",")),
+        num_runs=2 if runs is None else runs,
+        prompt=prompt,
+    )
+
+
+def _parse_expect(text: str | None, *, has_floor: bool) -> Expectation | None:
     if text is None:
         return None
     if text == "identical":
         return "identical"
     if text == "within-floor":
-        if not reruns:
+        if not has_floor:
             raise ValueError(
-                "expect='within-floor' needs the noise floor: pass --rerun with another render of REF's request"
+                "expect='within-floor' needs the noise floor: pass --rerun with another render of REF's request, or "
+                "--noise-floor"
             )
         return "within-floor"
     raise ValueError(f"expect={text!r} must be identical or within-floor, nearest is 'identical'")

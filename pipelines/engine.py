@@ -50,6 +50,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     result: Literal["uint8", "float32", "latents"] = "uint8"
     noise: Any = None  # Tensor [1, C, T', H', W'] float32
     conditioning: Any = None  # dict of Tensor by name
+    record_to: Path | None = None  # the folder <id>.steps of its recorded steps
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):
@@ -553,6 +554,8 @@ class Engine:
                     source=self.topology.encoder_rank,
                     nbytes=record.conditioning_bytes,
                     transfer=record.conditioning_transfer,
+                    record_to=None if record.job.record_to is None else str(record.job.record_to.absolute()),
+                    record_blocks=self.config.output.record_blocks,
                 )
                 noise = None if record.job.noise is None else _pack({"latents": record.job.noise})
                 for rank in command.ranks:

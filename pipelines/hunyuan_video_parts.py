@@ -5,6 +5,7 @@ same, divided between the ranks that own each part.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,7 @@ from dit_group.denoise import Denoising
 from dit_group.kernels import check_kernel
 from dit_group.modulation import ModulationTable, PrecomputedModulation
 from dit_group.plan import Gather, Shard, apply_plan
+from dit_group.record import Keep, observing
 from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import latent_geometry
@@ -349,6 +351,10 @@ class HunyuanVideoDenoiser:
     def take_help(self, helpers: tuple[int, ...]) -> None:
         """From the next step on these VAE ranks take a share of the attention."""
         self._helpers = helpers
+
+    def observe(self, keep: Keep, num_blocks: int) -> AbstractContextManager[None]:
+        """Within the block, steps hand whole tensors to `keep`; on every member of the DiT group."""
+        return observing(self.transformer, self._parallel, keep, num_blocks)
 
     def _branch(self, conditioning: Mapping[str, Tensor], prefix: str) -> "_Branch":
         dtype = self.transformer.dtype

@@ -139,18 +139,33 @@ class VideoPipeline:
 
     # -- rendering
 
-    def render(self, requests: Iterable[VideoRequest | str]) -> Iterator[RenderResult]:
+    def render(
+        self, requests: Iterable[VideoRequest | str], *, record_to: str | Path | None = None
+    ) -> Iterator[RenderResult]:
         """Render many requests; yields each clip as it finishes, which need not be in the order of the requests.
 
         A plain string is a prompt with the configuration's sizes, and the seed `request.seed` + its index. While the
         caller works on a clip, the ranks go on, until `queue.max_undelivered` finished clips wait. Leaving the
         iteration early cancels what has not been rendered.
 
+        Args:
+            record_to: a directory for `<id>.steps/`, the tensors of every denoising step as `videopipe compare` reads
+                them, with `output.record_blocks` blocks. Earlier recordings of the same ids are replaced.
         Raises:
-            ValueError: a request that this model cannot render, or an id twice; before anything is rendered.
+            ValueError: a request that this model cannot render, an id twice, or a configuration that records without
+                a directory to record to; before anything is rendered.
             RankError: a rank was lost; the pipeline cannot be used any more, clips already given out are not touched.
         """
-        jobs = [Job(request=r, result=self._result_kind()) for r in self._checked(requests)]
+        if record_to is None:
+            self._check_recording()
+        jobs = [
+            Job(
+                request=request,
+                result=self._result_kind(),
+                record_to=None if record_to is None else Path(record_to) / f"{request.id}.steps",
+            )
+            for request in self._checked(requests)
+        ]
         batch = self._engine.submit(jobs)
         results = self._results(batch)
         weakref.finalize(results, batch.abandon).atexit = False  # a generator that never began runs no `finally`
@@ -169,6 +184,15 @@ class VideoPipeline:
             side_car=finished.side_car,
             output=self._config.output,
         )
+
+    def _check_recording(self) -> None:
+        """Refuse to leave out a recording that the configuration asks for."""
+        out = self._config.output
+        if out.records_steps:
+            raise ValueError(
+                f"output.record_latents={out.record_latents} and output.record_blocks={out.record_blocks} need a "
+                "directory, nearest is render(..., record_to='out')"
+            )
 
     def _result_kind(self) -> Literal["uint8", "latents"]:
         return "latents" if self._config.output.format == "latent" else "uint8"
@@ -247,6 +271,7 @@ class VideoPipeline:
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent', nearest is 'np'")
+        self._check_recording()
         if prompt_2 is not None:
             raise ValueError(f"prompt_2={prompt_2!r}: HunyuanVideo hands `prompt` to both encoders, nearest is None")
         if generator is not None and seed is not None:

@@ -125,13 +125,24 @@ class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is written for each request."""
+    """What is written for each request.
+
+    `record_latents`: also `<id>.steps/`, with the prediction and the latents of every denoising step; `record_blocks`:
+    in these also the outputs of so many of the DiT's blocks, evenly chosen from the first one on.
+    """
 
     format: OutputFormat = "mp4"
     codec: str = "libx264"
     crf: int = 18
     pixel_format: str = "yuv420p"
     fps: float = 24.0
+    record_latents: bool = False
+    record_blocks: int = 0
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether denoising steps are recorded."""
+        return self.record_latents or self.record_blocks > 0
 
 
 class RequestConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -269,6 +280,7 @@ def check_config(config: Config) -> None:
     if config.attention.heads_per_chunk != "all":
         _at_least("attention.heads_per_chunk", config.attention.heads_per_chunk, 1)
     _check_attention(config)
+    _at_least("output.record_blocks", config.output.record_blocks, 0)
     _at_least("queue.capacity", q.capacity, 1)
     _at_least("queue.capacity_bytes", q.capacity_bytes, 1)
     _at_least("queue.max_undelivered", q.max_undelivered, 1)

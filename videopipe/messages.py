@@ -27,12 +27,18 @@ class EncodePrompt(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class BeginDenoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Receive `nbytes` of conditioning from `source`, make the noise. A payload holds noise given by the caller."""
+    """Receive `nbytes` of conditioning from `source`, make the noise. A payload holds noise given by the caller.
+
+    `record_to`: the folder `<id>.steps` for what each step computes, None for no recording; `record_blocks`: so many
+    blocks of the DiT with it.
+    """
 
     request: VideoRequest
     source: int
     nbytes: int
     transfer: int
+    record_to: str | None = None
+    record_blocks: int = 0
 
 
 class RunStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
