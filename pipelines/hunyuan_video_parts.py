@@ -31,7 +31,7 @@ from dit_group.modulation import ModulationTable, PrecomputedModulation
 from dit_group.plan import Gather, Shard, apply_plan
 from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.families import ModelFacts
-from pipelines.hunyuan_video import latent_geometry
+from pipelines.hunyuan_video import has_second_branch, latent_geometry
 from vae_group.decode import to_frames
 from videopipe.config import Config
 from videopipe.records import VideoRequest
@@ -108,11 +108,6 @@ class HunyuanVideoTextEncoder:
             max_sequence_length=length,
         )
         return dict(zip(names, (embeds, pooled, mask), strict=True))
-
-
-def has_second_branch(request: VideoRequest) -> bool:
-    """Whether each step evaluates the DiT for a negative prompt as well (diffusers' rule)."""
-    return request.true_cfg_scale > 1 and request.negative_prompt is not None
 
 
 class JointAttentionProcessor:
@@ -408,7 +403,7 @@ class HunyuanVideoAssistant:
         self._device = runtime.device
         self._assistant = Assistant(
             sequence_parallel(config, runtime, facts.num_heads),
-            attention_layers=facts.attention_layers,
+            kernels=[None] * facts.attention_layers,
             head_dim=facts.head_dim,
             dtype=DTYPES[config.model.dtype],
             device=runtime.device,

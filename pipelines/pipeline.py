@@ -126,7 +126,9 @@ class VideoPipeline:
         torchrun = _Torchrun.detect()
         if torchrun is not None and torchrun.rank != 0:
             sys.exit(torchrun.serve())
-        facts = load_family(config.model.family).facts(checkpoint)
+        family = load_family(config.model.family)
+        family.check_config(config)
+        facts = family.facts(checkpoint)
         device = resolve_device(config)
         check_devices(config, device, torchrun.world_size if torchrun else None)
         engine = _start_engine(config, facts, device, torchrun, progress, launcher)
@@ -243,7 +245,7 @@ class VideoPipeline:
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent', nearest is 'np'")
         if prompt_2 is not None:
-            raise ValueError(f"prompt_2={prompt_2!r}: HunyuanVideo hands `prompt` to both encoders, nearest is None")
+            raise ValueError(f"prompt_2={prompt_2!r}: `prompt` goes to every text encoder, nearest is None")
         if generator is not None and seed is not None:
             raise ValueError(f"seed={seed} and generator cannot both be given, nearest is one of them")
         if (prompt is None) == (prompt_embeds is None):
@@ -257,7 +259,7 @@ class VideoPipeline:
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
         }
         given = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
-        _check_given(given)
+        self._check_given(given)
         r = self._config.request
         if prompt_embeds is not None:
             prompts = [""] * prompt_embeds.shape[0]
@@ -329,6 +331,15 @@ class VideoPipeline:
 
         return notify
 
+    def _check_given(self, given: Mapping[str, Tensor]) -> None:
+        """Refuse conditioning in place of a prompt that is incomplete."""
+        for prefix in ("", "negative_"):
+            names = [prefix + name for name in ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")]
+            present = [name for name in names if name in given]
+            if present and len(present) < 3:
+                missing = [name for name in names if name not in given]
+                raise ValueError(f"{present[0]} is given without {' and '.join(missing)}: give all three or none")
+
     def _noise(
         self,
         requests: list[VideoRequest],
@@ -399,15 +410,6 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _without_none(data: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _without_none(v) if isinstance(v, Mapping) else v for k, v in data.items() if v is not None}
-
-
-def _check_given(given: Mapping[str, Tensor]) -> None:
-    for prefix in ("", "negative_"):
-        names = [prefix + name for name in ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")]
-        present = [name for name in names if name in given]
-        if present and len(present) < 3:
-            missing = [name for name in names if name not in given]
-            raise ValueError(f"{present[0]} is given without {' and '.join(missing)}: give all three or none")
 
 
 def _row(given: Mapping[str, Tensor], index: int) -> dict[str, Tensor] | None:

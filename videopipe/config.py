@@ -28,7 +28,7 @@ class ConfigError(ValueError):
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Which weights run in which precision. `vae_dtype` and `text_encoder_dtype` default to `dtype`."""
 
-    family: Literal["hunyuan-video"] = "hunyuan-video"
+    family: Literal["hunyuan-video", "open-sora-plan"] = "hunyuan-video"
     weights: str = "hunyuanvideo-community/HunyuanVideo"
     revision: str | None = None
     dtype: DType = "float32"
