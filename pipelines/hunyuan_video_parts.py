@@ -32,6 +32,7 @@ from dit_group.plan import Gather, Shard, apply_plan
 from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import has_second_branch, latent_geometry
+from pipelines.parallel import sequence_parallel
 from vae_group.decode import to_frames
 from videopipe.config import Config
 from videopipe.records import VideoRequest
@@ -375,22 +376,6 @@ def kept_text(mask: Tensor, members: int, trimmed: bool) -> Tensor:
         valid = mask[0].nonzero()
         mask = mask[:, : max(int(valid[-1]) + 1 if len(valid) else 0, members)]
     return F.pad(mask, (0, max(members - mask.shape[1], 0)))
-
-
-def sequence_parallel(config: Config, runtime: Runtime, num_heads: int) -> SequenceParallel:
-    """This rank's place in the DiT group, or beside it as a helper."""
-    return SequenceParallel(
-        group=runtime.exchange_group,
-        member=runtime.dit_member,
-        members=len(runtime.dit_ranks),
-        num_heads=num_heads,
-        strategy=config.attention.strategy,
-        kernel=config.model.attention_kernel,
-        heads_per_chunk=config.attention.fixed_heads_per_chunk,
-        balance=config.attention.balance,
-        rank=runtime.rank,
-        assist_groups=runtime.assist_groups,
-    )
 
 
 class HunyuanVideoAssistant:

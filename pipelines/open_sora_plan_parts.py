@@ -47,6 +47,7 @@ from pipelines.open_sora_plan import (
     start_scheduler,
     trim_text,
 )
+from pipelines.parallel import sequence_parallel
 from videopipe.config import Config
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
@@ -130,24 +131,10 @@ class ShardedSelfAttention:
 
 def parallelize(transformer: OpenSoraPlanTransformer3DModel, parallel: SequenceParallel) -> None:
     """Shard the DiT over the members of `parallel`: its self-attention and the plan's hooks."""
-    for block in transformer.transformer_blocks:
+    for block in transformer.blocks():
         block.attn1.set_processor(ShardedSelfAttention(parallel, block.sparse))
     if parallel.members > 1:
         apply_plan(transformer, PLAN, parallel)
-
-
-def sequence_parallel(config: Config, runtime: Runtime, num_heads: int) -> SequenceParallel:
-    """This rank's place in the DiT group, or beside it as a helper."""
-    return SequenceParallel(
-        group=runtime.exchange_group,
-        member=runtime.dit_member,
-        members=len(runtime.dit_ranks),
-        num_heads=num_heads,
-        strategy=config.attention.strategy,
-        heads_per_chunk=config.attention.fixed_heads_per_chunk,
-        rank=runtime.rank,
-        assist_groups=runtime.assist_groups,
-    )
 
 
 class OpenSoraPlanDenoiser:
@@ -216,7 +203,7 @@ class OpenSoraPlanAssistant:
         skeleton = empty_transformer(find_folders(Path(checkpoint.location)).transformer)
         self._assistant = Assistant(
             sequence_parallel(config, runtime, facts.num_heads),
-            kernels=[skip_sparse_kernel(block.sparse) for block in skeleton.transformer_blocks],
+            kernels=[skip_sparse_kernel(block.sparse) for block in skeleton.blocks()],
             head_dim=facts.head_dim,
             dtype=DTYPES[config.model.dtype],
             device=runtime.device,

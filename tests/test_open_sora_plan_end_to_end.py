@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from pipelines import OpenSoraPlanPipeline
 from pipelines.launch import LocalLauncher
@@ -16,6 +18,7 @@ from pipelines.open_sora_plan import (
     encode_prompt,
     load_parts,
     prompt_rows,
+    render_frames,
     text_context,
 )
 from tools.tiny_open_sora_plan import make_open_sora_plan
@@ -115,3 +118,40 @@ def test_a_clip_equals_that_of_one_process(pipeline: OpenSoraPlanPipeline, parts
     without_faults = call(pipeline, "latent", negative_prompt="")
     assert error(without_faults, one_process(parts, negative="")[0]) <= 1e-5
     assert error(without_faults, latents) > 1e-3
+
+
+def test_files_of_the_batch_equal_rendered_frames(
+    checkpoint: Path, launcher: LocalLauncher, parts: OpenSoraPlanParts
+) -> None:
+    requests = [request(id=f"clip{seed}", seed=seed, guidance_scale=SCALE if seed % 2 else 1.0) for seed in range(4)]
+    settings = ("attention.heads_per_chunk=1", "groups.text_encoder=vae", "decode.tiling=true")
+    with start(checkpoint, launcher, 2, 1, *settings) as pipe:
+        clips = {r.request_id: r.frames for r in pipe.render(requests)}
+    for r in requests:
+        reference = render_frames(
+            parts,
+            r.prompt,
+            spec=r.spec,
+            num_inference_steps=STEPS,
+            guidance_scale=r.guidance_scale,
+            seed=r.seed,
+            max_sequence_length=160,
+        )
+        assert largest_step(clips[r.id], reference) <= 1  # a value at the edge of two bytes may fall either way
+    assert largest_step(clips["clip1"], clips["clip3"]) > 20  # the twin
+
+
+def largest_step(a: NDArray[Any] | torch.Tensor, b: NDArray[Any] | torch.Tensor) -> int:
+    return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
+
+
+@pytest.mark.parametrize(("dit", "vae"), [(1, 1), (2, 1), (3, 2)])
+def test_clips_are_the_same_with_help(
+    checkpoint: Path, launcher: LocalLauncher, parts: OpenSoraPlanParts, dit: int, vae: int
+) -> None:
+    with start(checkpoint, launcher, dit, vae, "attention.co_processing=on") as pipe:
+        ours = call(pipe, "latent")
+        assert error(call(pipe, "latent", guidance_scale=1.0), one_process(parts, scale=1.0)[0]) <= 1e-5
+        stages = {span.stage for span in pipe.trace.spans}
+    assert error(ours, one_process(parts)[0]) <= 1e-5
+    assert "assist" in stages
