@@ -68,7 +68,7 @@ class OpenSoraPlanTextEncoder:
         dtype = DTYPES[config.model.text_encoder_dtype or config.model.dtype]
         self.tokenizer = load_tokenizer(folders.tokenizer)
         self.text_encoder = load_text_encoder(folders.text_encoder, dtype, runtime.device).eval()
-        self._trimmed = config.attention.text != "padded"
+        self._trimmed = config.text_trimmed
 
     @torch.no_grad()
     def encode(self, request: VideoRequest, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from dit_group.denoise import draw_noise
 from pipelines import OpenSoraPlanPipeline
 from pipelines.checkpoint import Checkpoint, CheckpointError
+from pipelines.engine import describe_plan
 from pipelines.launch import LocalLauncher
 from pipelines.models.open_sora_plan import DENSE
 from pipelines.open_sora_plan import (
@@ -113,6 +114,7 @@ def test_a_clip_equals_that_of_one_process(
         for output_type, reference in (("latent", latents), ("np", frames)):
             ours = call(pipe, output_type)
             assert error(ours, reference) <= (0 if dit == 1 else 1e-5), output_type
+        assert describe_plan(pipe.config, pipe.engine.topology)["text"] == "trimmed"
         assert error(call(pipe, "latent", seed=6), latents) > 1e-2  # the twin: another seed must not pass
         # without guidance the batch has one row; without words against it the clip is another
         assert error(call(pipe, "latent", guidance_scale=1.0), one_process(parts, scale=1.0)[0]) <= 1e-5
@@ -125,7 +127,7 @@ def test_files_of_the_batch_equal_rendered_frames(
     checkpoint: Path, launcher: LocalLauncher, parts: OpenSoraPlanParts
 ) -> None:
     requests = [request(id=f"clip{seed}", seed=seed, guidance_scale=SCALE if seed % 2 else 1.0) for seed in range(4)]
-    settings = ("attention.heads_per_chunk=1", "groups.text_encoder=vae", "decode.tiling=true")
+    settings = ("attention.heads_per_chunk=1", "groups.text_encoder=vae", "decode.tiling=true", "attention.text=padded")
     with start(checkpoint, launcher, 2, 1, *settings) as pipe:
         clips = {r.request_id: r.frames for r in pipe.render(requests)}
     for r in requests:

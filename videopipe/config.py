@@ -56,7 +56,8 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """How q, k and v travel in the DiT group.
 
     `text` says what happens to padded text tokens: `trimmed` drops them, `padded` keeps and masks them, `auto` keeps
-    them on one rank (where the result is then bit-equal to diffusers) and trims them on several.
+    them on one rank (where the result is then bit-equal to diffusers) and trims them on several, and for
+    Open-Sora-Plan, which diffusers does not have, always.
     `heads_per_chunk`: so many heads of each rank travel while others compute (PipeSP); `all` is the plain path.
     `balance`: `heads` gives whole heads to ranks; `rows` divides those left over by query rows, so that 24 heads load
     5 or 7 ranks equally.
@@ -186,7 +187,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def text_trimmed(self) -> bool:
         """Whether padded text tokens are dropped before the DiT."""
         if self.attention.text == "auto":
-            return self.groups.dit_ranks > 1
+            return self.groups.dit_ranks > 1 or self.model.family == "open-sora-plan"
         return self.attention.text == "trimmed"
 
     def spec(self) -> VideoSpec:
