@@ -85,7 +85,8 @@ class VideoPipeline:
         Args:
             pretrained_model_name_or_path: checkpoint directory or hub id in diffusers layout; `model.weights` of the
                 configuration where None.
-            config: TOML file, mapping, or `videopipe.config.Config`; the defaults are one DiT and one VAE rank.
+            config: TOML file, mapping, or `videopipe.config.Config`; the defaults are one DiT and one VAE rank. With
+                no configuration, or a mapping that names no `model.family`, it is that of this class.
             overrides: `path=value` strings, which win over the file; the other arguments win over them.
             torch_dtype: precision of all parts, as diffusers' argument of that name.
             dit_ranks, vae_ranks: group sizes; `vae_ranks=0` decodes on the DiT ranks.
@@ -97,6 +98,8 @@ class VideoPipeline:
             RankError: a rank did not come up.
         """
         changes = list(overrides)
+        if not _has_family(config):
+            changes.insert(0, f"model.family={cls.family}")
         for path, value in (
             ("model.weights", None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)),
             ("model.revision", revision),
@@ -406,6 +409,14 @@ def _dtype_name(dtype: torch.dtype) -> str:
         names = ", ".join(_DTYPE_NAMES.values())
         raise ConfigError(f"torch_dtype={dtype} must be one of {names}; nearest is 'float32'")
     return _DTYPE_NAMES[dtype]
+
+
+def _has_family(config: str | Path | Mapping[str, Any] | Config | None) -> bool:
+    """Whether a configuration says which family it is for: files and complete ones always do, by default if need be."""
+    if isinstance(config, Mapping):
+        model = config.get("model")
+        return isinstance(model, Mapping) and "family" in model
+    return config is not None
 
 
 def _without_none(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -251,7 +251,8 @@ def test_a_checkpoint_of_another_kind_is_refused(checkpoint: Path, tiny_checkpoi
 
 
 def test_what_the_call_cannot_use_is_refused(checkpoint: Path, launcher: LocalLauncher) -> None:
-    with start(checkpoint, launcher, 1, 0) as pipe:
+    one_rank = {"groups": {"vae_ranks": 0}, "runtime": {"threads_per_rank": 1}}  # the class says which family it is
+    with OpenSoraPlanPipeline.from_pretrained(checkpoint, config=one_rank, launcher=launcher) as pipe:
         with pytest.raises(ValueError, match=r"generator is given: .* nearest is seed=11"):
             call(pipe, "latent", generator=torch.Generator().manual_seed(11), seed=None)
         with pytest.raises(ValueError, match="prompt_embeds is given: Open-Sora-Plan is rendered from prompts"):
@@ -259,3 +260,10 @@ def test_what_the_call_cannot_use_is_refused(checkpoint: Path, launcher: LocalLa
         noise = draw_noise((1, 8, 3, 6, 10), 5)
         assert torch.equal(call(pipe, "latent", latents=noise), call(pipe, "latent"))
         assert not torch.equal(call(pipe, "latent", latents=noise + 1e-2), call(pipe, "latent"))
+
+
+def test_a_configuration_of_another_family_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.family='hunyuan-video' is not what OpenSoraPlanPipeline renders"):
+        OpenSoraPlanPipeline.from_pretrained(checkpoint, config={"model": {"family": "hunyuan-video"}})
+    with pytest.raises(ConfigError, match=r"model.family='hunyuan-video' is not what OpenSoraPlanPipeline renders"):
+        OpenSoraPlanPipeline.from_pretrained(checkpoint, overrides=["model.family=hunyuan-video"])
