@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -12,8 +13,10 @@ from dit_group.denoise import draw_noise
 from pipelines import OpenSoraPlanPipeline
 from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.engine import describe_plan
+from pipelines.explain import explain_config
 from pipelines.launch import LocalLauncher
 from pipelines.models.open_sora_plan import DENSE
+from pipelines.models.open_sora_plan_layout import find_folders
 from pipelines.open_sora_plan import (
     OpenSoraPlanParts,
     decode_pixels,
@@ -27,6 +30,7 @@ from pipelines.open_sora_plan import (
 from pipelines.open_sora_plan_family import OpenSoraPlan
 from pipelines.open_sora_plan_parts import OpenSoraPlanDenoiser, skip_sparse_kernel
 from tests.ranks import run_ranks
+from tools.convert_open_sora_plan import convert
 from tools.tiny_open_sora_plan import make_open_sora_plan
 from videopipe.config import ConfigError, load_config
 from videopipe.geometry import VideoSpec
@@ -267,3 +271,14 @@ def test_a_configuration_of_another_family_is_refused(checkpoint: Path) -> None:
         OpenSoraPlanPipeline.from_pretrained(checkpoint, config={"model": {"family": "hunyuan-video"}})
     with pytest.raises(ConfigError, match=r"model.family='hunyuan-video' is not what OpenSoraPlanPipeline renders"):
         OpenSoraPlanPipeline.from_pretrained(checkpoint, overrides=["model.family=hunyuan-video"])
+
+
+def test_a_converted_checkpoint_gives_the_same_clip_and_can_be_explained(
+    checkpoint: Path, launcher: LocalLauncher, parts: OpenSoraPlanParts, tmp_path: Path
+) -> None:
+    converted = convert(find_folders(checkpoint), tmp_path / "osp")
+    with start(converted, launcher, 1, 1) as pipe:
+        assert torch.equal(call(pipe, "latent"), one_process(parts)[0])
+        explained = explain_config(load_config(msgspec.to_builtins(pipe.config), ["request.num_frames=17"]))
+        loaded = pipe.engine.weight_bytes
+    assert {rank.rank: rank.weight_bytes for rank in explained.ranks} == loaded
