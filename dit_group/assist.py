@@ -5,11 +5,22 @@ tokens and some heads; it makes the same calls as the others.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dit_group.attention import Layout, SequenceParallel
+from dit_group.kernels import Kernel
+
+
+@dataclass(frozen=True)
+class _Assisted:
+    """The sizes of a request: video tokens, masks of text tokens by evaluation, rows of the batch."""
+
+    num_video: int
+    text_masks: list[Tensor]
+    rows: int
 
 
 class Assistant:
@@ -17,7 +28,7 @@ class Assistant:
 
     Args:
         parallel: this rank's view of the DiT group, as a helper.
-        attention_layers: attention layers of one evaluation of the DiT.
+        kernels: what computes each attention layer of one evaluation of the DiT; None for the configured kernel.
         head_dim, dtype, device: of the activations.
     """
 
@@ -25,40 +36,43 @@ class Assistant:
         self,
         parallel: SequenceParallel,
         *,
-        attention_layers: int,
+        kernels: Sequence[Kernel | None],
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         self._parallel = parallel
-        self._attention_layers = attention_layers
+        self._kernels = tuple(kernels)
         self._nothing = torch.empty((1, 0, parallel.num_heads, head_dim), dtype=dtype, device=device)
-        self._requests: dict[str, tuple[int, list[Tensor]]] = {}
+        self._requests: dict[str, _Assisted] = {}
         self._layouts: dict[tuple[str, tuple[int, ...]], list[Layout]] = {}
 
-    def prepare(self, request: str, num_video: int, text_masks: Sequence[Tensor]) -> None:
+    def prepare(self, request: str, num_video: int, text_masks: Sequence[Tensor], rows: int = 1) -> None:
         """Steps of this request may want help.
 
         Args:
             num_video: video tokens.
             text_masks: bool [1, L] for each evaluation of the DiT in a step, as the DiT ranks lay out their text.
+            rows: batch B of each evaluation.
         """
-        self._requests[request] = (num_video, list(text_masks))
+        self._requests[request] = _Assisted(num_video, list(text_masks), rows)
 
     @torch.no_grad()
     def step(self, request: str, helpers: tuple[int, ...]) -> None:
         """Take part in every attention layer of one step."""
+        assisted = self._requests[request]
         layouts = self._layouts.get((request, helpers))
         if layouts is None:
-            num_video, masks = self._requests[request]
-            layouts = [self._parallel.lay_out(num_video, mask.shape[1], mask, helpers) for mask in masks]
+            num_video = assisted.num_video
+            layouts = [self._parallel.lay_out(num_video, m.shape[1], m, helpers) for m in assisted.text_masks]
             self._layouts[request, helpers] = layouts
+        nothing = self._nothing.expand(assisted.rows, -1, -1, -1)
         for layout in layouts:
-            for _ in range(self._attention_layers):
-                call = layout.attention.begin()
-                call.value(self._nothing)
-                call.key(self._nothing)
-                call.query(self._nothing)
+            for kernel in self._kernels:
+                call = layout.attention.begin(kernel)
+                call.value(nothing)
+                call.key(nothing)
+                call.query(nothing)
                 call.attend()
                 call.output()
 

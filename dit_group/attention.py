@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dit_group.kernels import KERNELS
+from dit_group.kernels import KERNELS, Kernel
 from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses
 from dit_group.usp import Usp
@@ -38,8 +38,8 @@ class AttentionCall(Protocol):
 class Strategy(Protocol):
     """Attention over one laid-out sequence: how q, k and v travel."""
 
-    def begin(self) -> AttentionCall:
-        """The attention of one layer."""
+    def begin(self, kernel: Kernel | None = None) -> AttentionCall:
+        """The attention of one layer; `kernel` in place of the strategy's own, where layers differ."""
 
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {"ulysses": Ulysses, "ring": Ring, "usp": Usp}
@@ -132,14 +132,18 @@ class SequenceParallel:
         assert self._current is not None, "no layout in use"
         return self._current.sequence
 
-    def begin(self) -> AttentionCall:
-        """The attention of one layer, step by step, so that the caller computes while tensors travel."""
-        assert self._current is not None, "no layout in use"
-        return self._current.attention.begin()
+    def begin(self, kernel: Kernel | None = None) -> AttentionCall:
+        """The attention of one layer, step by step, so that the caller computes while tensors travel.
 
-    def attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        Args:
+            kernel: computes this layer's attention in place of the configured kernel, where layers differ.
+        """
+        assert self._current is not None, "no layout in use"
+        return self._current.attention.begin(kernel)
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
         """Joint attention: this member's [video | text] tokens of all heads in and out, [B, S_local, N, D]."""
-        call = self.begin()
+        call = self.begin(kernel)
         call.value(v)
         call.key(k)
         call.query(q)

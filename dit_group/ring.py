@@ -63,8 +63,9 @@ class Ring:
         start = offsets(token_counts)
         self.blocks = [_Block(key_mask, slice(start[i], start[i + 1])) for i in range(len(token_counts))]
 
-    def begin(self) -> "RingCall":
-        """The attention of one layer."""
+    def begin(self, kernel: Kernel | None = None) -> "RingCall":
+        """The attention of one layer; every layer has the kernel of the plan, whose log-sum-exp form it needs."""
+        assert kernel is None, "a ring merges partial results: a layer cannot bring a kernel of its own"
         return RingCall(self)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

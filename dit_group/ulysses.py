@@ -70,9 +70,12 @@ class Ulysses:
         """Whether some heads are computed by query rows."""
         return self.shared_heads.stop > self.shared_heads.start
 
-    def begin(self) -> "UlyssesCall":
-        """The attention of one layer."""
-        return UlyssesCall(self)
+    def begin(self, kernel: Kernel | None = None) -> "UlyssesCall":
+        """The attention of one layer, computed by `kernel` in place of the plan's own if given.
+
+        A kernel that needs the rows of all queries, as sparse ones do, cannot go with `balance="rows"`.
+        """
+        return UlyssesCall(self, self.kernel if kernel is None else kernel)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Local tokens of all heads in, the same out: [B, S_local, N, D]."""
@@ -91,8 +94,9 @@ class UlyssesCall:
     leaves as soon as it is ready; `output` waits for what has not arrived.
     """
 
-    def __init__(self, plan: Ulysses) -> None:
+    def __init__(self, plan: Ulysses, kernel: Kernel) -> None:
         self._plan = plan
+        self._kernel = kernel
         self._values: list[PendingExchange] = []
         self._keys: list[PendingExchange] = []
         self._queries: list[PendingExchange] = []
@@ -122,12 +126,12 @@ class UlyssesCall:
         plan = self._plan
         for (_, exchange), v, k, q in zip(plan.chunks, self._values, self._keys, self._queries, strict=True):
             values, keys, queries = v.wait(), k.wait(), q.wait()  # [B, S, N_local, D]
-            out = plan.kernel(queries, keys, values, plan.key_mask) if queries.shape[2] else queries
+            out = self._kernel(queries, keys, values, plan.key_mask) if queries.shape[2] else queries
             self._outputs.append(exchange.start_to_tokens(out))
         if self._shared_query is not None:  # last: it computes while the last chunk's output travels
             values, keys = (pending.wait() for pending in self._shared)
             # called with no rows as well: a kernel may itself be shared with other members (usp)
-            self._shared_output = plan.kernel(self._shared_query, keys, values, plan.key_mask)
+            self._shared_output = self._kernel(self._shared_query, keys, values, plan.key_mask)
 
     def output(self) -> Tensor:
         """The attention of this member's tokens, all heads: [B, S_local, N, D]."""

@@ -78,8 +78,9 @@ class Usp:
             head_counts=head_counts,
         )
 
-    def begin(self) -> UlyssesCall:
+    def begin(self, kernel: Kernel | None = None) -> UlyssesCall:
         """The attention of one layer."""
+        assert kernel is None, "a mesh merges partial results: a layer cannot bring a kernel of its own"
         return self.line.begin()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

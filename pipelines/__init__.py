@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipelines.hunyuan_video import HunyuanVideoPipeline
+    from pipelines.open_sora_plan_family import OpenSoraPlanPipeline
 
-__all__ = ["HunyuanVideoPipeline"]
+__all__ = ["HunyuanVideoPipeline", "OpenSoraPlanPipeline"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from pipelines.hunyuan_video import HunyuanVideoPipeline
 
         return HunyuanVideoPipeline
+    if name == "OpenSoraPlanPipeline":
+        from pipelines.open_sora_plan_family import OpenSoraPlanPipeline
+
+        return OpenSoraPlanPipeline
     raise AttributeError(f"module 'pipelines' has no attribute {name!r}")

@@ -199,6 +199,7 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
     from videopipe.media import check_video
 
     family = load_family(config.model.family)
+    family.check_config(config)
     facts = family.facts(Checkpoint(config.model.weights, config.model.revision))
     for request in requests:
         where = f"{request.id}: " if len(requests) > 1 else ""

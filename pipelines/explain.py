@@ -137,18 +137,20 @@ def explain_config(config: Config) -> Explanation:
         negative_prompt=config.request.negative_prompt,
         spec=config.spec(),
         num_inference_steps=config.request.num_inference_steps,
+        guidance_scale=config.request.guidance_scale,
         true_cfg_scale=config.request.true_cfg_scale,
         max_sequence_length=config.request.max_sequence_length,
     )
+    family.check_config(config)
     family.check_request(request, facts, "request.")
     parameters, weights_from = _parameters(config, family, published)
 
     topology = make_topology(config)
     members = len(topology.dit_ranks)
     text = min(config.request.max_sequence_length, facts.text_tokens)
-    grid = facts.geometry.token_grid(request.spec, max(text, members))
+    grid = facts.geometry.token_grid(request.spec, max(text, members) if facts.joint_text else 0)
     sequence = JointSequence.even(grid.video, grid.text, members)
-    evaluations = 2 if request.true_cfg_scale > 1 and request.negative_prompt is not None else 1
+    evaluations = family.evaluations(request)
     itemsize = DTYPES[config.model.dtype].itemsize
     geometry = facts.geometry
     patch_values = geometry.channels * geometry.patch_t * geometry.patch_s**2

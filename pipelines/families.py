@@ -20,7 +20,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the checkpoint's config files alone tell, before any weight is read.
 
     `attention_layers` self-attention layers that exchange q, k, v and the output; `text_tokens` the longest prompt,
-    in tokens; `text_dim` and `pooled_dim` the widths of the conditioning, 0 where there is none.
+    in tokens; `joint_text` whether text tokens are part of the self-attention's sequence, and so of what ranks share,
+    or each rank has the whole text; `text_dim` and `pooled_dim` the widths of the conditioning, 0 where there is none.
     """
 
     family: str
@@ -29,6 +30,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     head_dim: int
     attention_layers: int
     text_tokens: int
+    joint_text: bool = True
     text_dim: int = 0
     pooled_dim: int = 0
 
@@ -85,6 +87,16 @@ class Family(Protocol):
     def check_request(self, request: VideoRequest, facts: ModelFacts, where: str = "") -> None:
         """Refuse what this model cannot render, naming the nearest valid value."""
 
+    def check_config(self, config: Config) -> None:
+        """Refuse options that this model does not have.
+
+        Raises:
+            ConfigError: names the path, the value and the nearest valid value.
+        """
+
+    def evaluations(self, request: VideoRequest) -> int:
+        """How often a step evaluates the DiT for one clip, one after the other or as rows of a batch."""
+
     def load_text_encoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> TextEncoder:
         """Load the text encoders onto the rank's device."""
 
@@ -98,7 +110,10 @@ class Family(Protocol):
         """Load the VAE onto the rank's device."""
 
 
-FAMILIES = {"hunyuan-video": "pipelines.hunyuan_video:HunyuanVideo"}
+FAMILIES = {
+    "hunyuan-video": "pipelines.hunyuan_video:HunyuanVideo",
+    "open-sora-plan": "pipelines.open_sora_plan_family:OpenSoraPlan",
+}
 
 
 def load_family(name: str) -> Family:

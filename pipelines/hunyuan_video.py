@@ -36,6 +36,11 @@ def latent_geometry(checkpoint: Checkpoint) -> LatentGeometry:
     )
 
 
+def has_second_branch(request: VideoRequest) -> bool:
+    """Whether each step evaluates the DiT for a negative prompt as well (diffusers' rule)."""
+    return request.true_cfg_scale > 1 and request.negative_prompt is not None
+
+
 class HunyuanVideo:
     """The family; see `pipelines.families.Family`."""
 
@@ -99,6 +104,13 @@ class HunyuanVideo:
         """Sizes, steps, seed and id; raises ValueError with the nearest valid value."""
         request.check(where)
         facts.geometry.check(request.spec, where)
+
+    def check_config(self, config: Config) -> None:
+        """Every option of the configuration is for this family."""
+
+    def evaluations(self, request: VideoRequest) -> int:
+        """2 with a negative prompt and true_cfg_scale above 1, else 1."""
+        return 2 if has_second_branch(request) else 1
 
     def load_text_encoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> TextEncoder:
         """Llama and CLIP with their tokenizers."""

@@ -34,7 +34,8 @@ from dit_group.plan import Gather, Shard, apply_plan
 from dit_group.record import Keep, observing
 from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.families import ModelFacts
-from pipelines.hunyuan_video import latent_geometry
+from pipelines.hunyuan_video import has_second_branch, latent_geometry
+from pipelines.parallel import sequence_parallel
 from vae_group.decode import to_frames
 from videopipe.config import Config
 from videopipe.records import VideoRequest
@@ -111,11 +112,6 @@ class HunyuanVideoTextEncoder:
             max_sequence_length=length,
         )
         return dict(zip(names, (embeds, pooled, mask), strict=True))
-
-
-def has_second_branch(request: VideoRequest) -> bool:
-    """Whether each step evaluates the DiT for a negative prompt as well (diffusers' rule)."""
-    return request.true_cfg_scale > 1 and request.negative_prompt is not None
 
 
 class JointAttentionProcessor:
@@ -395,23 +391,6 @@ def kept_text(mask: Tensor, members: int, trimmed: bool) -> Tensor:
     return F.pad(mask, (0, max(members - mask.shape[1], 0)))
 
 
-def sequence_parallel(config: Config, runtime: Runtime, num_heads: int) -> SequenceParallel:
-    """This rank's place in the DiT group, or beside it as a helper."""
-    return SequenceParallel(
-        group=runtime.exchange_group,
-        member=runtime.dit_member,
-        members=len(runtime.dit_ranks),
-        num_heads=num_heads,
-        strategy=config.attention.strategy,
-        kernel=config.model.attention_kernel,
-        heads_per_chunk=config.attention.fixed_heads_per_chunk,
-        balance=config.attention.balance,
-        rank=runtime.rank,
-        assist_groups=runtime.assist_groups,
-        mesh=runtime.mesh,
-    )
-
-
 class HunyuanVideoAssistant:
     """A VAE rank's help in denoising steps."""
 
@@ -422,7 +401,7 @@ class HunyuanVideoAssistant:
         self._device = runtime.device
         self._assistant = Assistant(
             sequence_parallel(config, runtime, facts.num_heads),
-            attention_layers=facts.attention_layers,
+            kernels=[None] * facts.attention_layers,
             head_dim=facts.head_dim,
             dtype=DTYPES[config.model.dtype],
             device=runtime.device,

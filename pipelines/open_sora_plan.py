@@ -16,18 +16,13 @@ import torch
 from torch import Tensor
 
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel, TextContext
-from pipelines.models.open_sora_plan_loading import (
-    find_folders,
-    load_text_encoder,
-    load_tokenizer,
-    load_transformer,
-    load_vae,
-)
+from pipelines.models.open_sora_plan_layout import check_steps, find_folders
+from pipelines.models.open_sora_plan_loading import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from pipelines.models.wf_vae import WFVAEModel
-from pipelines.models.zero_snr_scheduler import ZeroSNREulerAncestralScheduler, check_steps, make_scheduler
-from videopipe.geometry import LatentGeometry, VideoSpec
+from pipelines.models.zero_snr_scheduler import ZeroSNREulerAncestralScheduler, make_scheduler
+from pipelines.open_sora_plan_family import GEOMETRY
+from videopipe.geometry import VideoSpec
 
-GEOMETRY = LatentGeometry(channels=8, stride_t=4, stride_s=8, patch_t=1, patch_s=2)
 PROMPT_TEMPLATE = "\n    high quality, high aesthetic, {prompt}\n    "
 NEGATIVE_PROMPT = (
     "\n    nsfw, lowres, bad anatomy, bad hands, text, error, missing fingers, extra digit, fewer digits, cropped, "
@@ -227,16 +222,21 @@ def denoise(
     return latents
 
 
-def decode_frames(vae: WFVAEModel, latents: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
-    """Frames [t, H, W, 3] uint8 on the VAE's device, piece by piece in order, of latents [1, C, T', H', W'].
+def decode_pixels(vae: WFVAEModel, latents: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
+    """Frames [t, H, W, 3] fp32 in 0..1 on the VAE's device, piece by piece in order, of latents [1, C, T', H', W'].
 
     Args:
         chunk: latent frames decoded at a time; None for the whole clip. The frames are the same.
     """
     z = vae.unscale_latents(latents.float()).to(device=vae.device, dtype=vae.dtype)
     for sample in vae.decode_stream(z, chunk):
-        pixels = (sample.float() / 2 + 0.5).clamp(0, 1) * 255
-        yield pixels[0].permute(1, 2, 3, 0).to(torch.uint8)  # cut off, not rounded, as upstream
+        yield (sample.float() / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+
+
+def decode_frames(vae: WFVAEModel, latents: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
+    """As `decode_pixels`, uint8: cut off, not rounded, as upstream."""
+    for pixels in decode_pixels(vae, latents, chunk):
+        yield (pixels * 255).to(torch.uint8)
 
 
 @torch.no_grad()

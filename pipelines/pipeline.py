@@ -89,7 +89,8 @@ class VideoPipeline:
         Args:
             pretrained_model_name_or_path: checkpoint directory or hub id in diffusers layout; `model.weights` of the
                 configuration where None.
-            config: TOML file, mapping, or `videopipe.config.Config`; the defaults are one DiT and one VAE rank.
+            config: TOML file, mapping, or `videopipe.config.Config`; the defaults are one DiT and one VAE rank. With
+                no configuration, or a mapping that names no `model.family`, it is that of this class.
             overrides: `path=value` strings, which win over the file; the other arguments win over them.
             torch_dtype: precision of all parts, as diffusers' argument of that name.
             dit_ranks, vae_ranks: group sizes; `vae_ranks=0` decodes on the DiT ranks.
@@ -101,6 +102,8 @@ class VideoPipeline:
             RankError: a rank did not come up.
         """
         changes = list(overrides)
+        if not _has_family(config):
+            changes.insert(0, f"model.family={cls.family}")
         for path, value in (
             ("model.weights", None if pretrained_model_name_or_path is None else str(pretrained_model_name_or_path)),
             ("model.revision", revision),
@@ -130,7 +133,9 @@ class VideoPipeline:
         torchrun = _Torchrun.detect()
         if torchrun is not None and torchrun.rank != 0:
             sys.exit(torchrun.serve())
-        facts = load_family(config.model.family).facts(checkpoint)
+        family = load_family(config.model.family)
+        family.check_config(config)
+        facts = family.facts(checkpoint)
         device = resolve_device(config)
         check_devices(config, device, torchrun.world_size if torchrun else None)
         check_attention(config, facts, device)
@@ -273,7 +278,7 @@ class VideoPipeline:
             raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent', nearest is 'np'")
         self._check_recording()
         if prompt_2 is not None:
-            raise ValueError(f"prompt_2={prompt_2!r}: HunyuanVideo hands `prompt` to both encoders, nearest is None")
+            raise ValueError(f"prompt_2={prompt_2!r}: `prompt` goes to every text encoder, nearest is None")
         if generator is not None and seed is not None:
             raise ValueError(f"seed={seed} and generator cannot both be given, nearest is one of them")
         if (prompt is None) == (prompt_embeds is None):
@@ -287,7 +292,7 @@ class VideoPipeline:
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
         }
         given = {name: tensor.detach().cpu() for name, tensor in tensors.items() if tensor is not None}
-        _check_given(given)
+        self._check_given(given)
         r = self._config.request
         if prompt_embeds is not None:
             prompts = [""] * prompt_embeds.shape[0]
@@ -359,6 +364,15 @@ class VideoPipeline:
 
         return notify
 
+    def _check_given(self, given: Mapping[str, Tensor]) -> None:
+        """Refuse conditioning in place of a prompt that is incomplete."""
+        for prefix in ("", "negative_"):
+            names = [prefix + name for name in ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")]
+            present = [name for name in names if name in given]
+            if present and len(present) < 3:
+                missing = [name for name in names if name not in given]
+                raise ValueError(f"{present[0]} is given without {' and '.join(missing)}: give all three or none")
+
     def _noise(
         self,
         requests: list[VideoRequest],
@@ -427,17 +441,16 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return _DTYPE_NAMES[dtype]
 
 
+def _has_family(config: str | Path | Mapping[str, Any] | Config | None) -> bool:
+    """Whether a configuration says which family it is for: files and complete ones always do, by default if need be."""
+    if isinstance(config, Mapping):
+        model = config.get("model")
+        return isinstance(model, Mapping) and "family" in model
+    return config is not None
+
+
 def _without_none(data: Mapping[str, Any]) -> dict[str, Any]:
     return {k: _without_none(v) if isinstance(v, Mapping) else v for k, v in data.items() if v is not None}
-
-
-def _check_given(given: Mapping[str, Tensor]) -> None:
-    for prefix in ("", "negative_"):
-        names = [prefix + name for name in ("prompt_embeds", "pooled_prompt_embeds", "prompt_attention_mask")]
-        present = [name for name in names if name in given]
-        if present and len(present) < 3:
-            missing = [name for name in names if name not in given]
-            raise ValueError(f"{present[0]} is given without {' and '.join(missing)}: give all three or none")
 
 
 def _row(given: Mapping[str, Tensor], index: int) -> dict[str, Tensor] | None:

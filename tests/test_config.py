@@ -12,7 +12,7 @@ from videopipe.config import Config, ConfigError, check_config, load_config, to_
 
 # The keys of the design that exist today, as `--set` paths, with a value other than the default.
 KEYS = {
-    "model.family": "hunyuan-video",
+    "model.family": "open-sora-plan",
     "model.weights": "some/where",
     "model.revision": "main",
     "model.dtype": "bfloat16",

@@ -9,10 +9,12 @@ import pytest
 from pipelines.bundled import bundled_configs, find_config
 from pipelines.explain import Explanation, explain_config
 from pipelines.hunyuan_video import HunyuanVideo
+from pipelines.open_sora_plan_family import OpenSoraPlan
 from videopipe.config import Config, ConfigError, load_config
 
 CONFIGS = bundled_configs()
-GPU = sorted(name for name in CONFIGS if "gpu" in name and name != "hunyuan_8gpu")
+GPU = sorted(name for name in CONFIGS if name.startswith("hunyuan") and "gpu" in name and name != "hunyuan_8gpu")
+OPEN_SORA_PLAN_GPU = sorted(name for name in CONFIGS if name.startswith("open_sora_plan") and "gpu" in name)
 TINY = sorted(name for name in CONFIGS if "tiny" in name)
 
 # Bytes besides weights, counted as live tensors of diffusers' classes on the meta device: the DiT's activations are
@@ -38,8 +40,10 @@ def peak_bytes(explained: Explanation, config: Config) -> list[int]:
 
 def test_every_machine_has_its_file() -> None:
     assert set(GPU) == {f"hunyuan_{n}gpu_{card}gb" for n in (1, 2, 4, 8) for card in (48, 80, 141)}
-    assert TINY == ["hunyuan_tiny_cpu", "hunyuan_tiny_cpu_2p1", "hunyuan_tiny_cpu_colocated"]
-    assert set(CONFIGS) == {*GPU, *TINY, "hunyuan_8gpu"}
+    assert set(OPEN_SORA_PLAN_GPU) == {f"open_sora_plan_{n}gpu_80gb" for n in (1, 2, 4, 8)}
+    hunyuan = ["hunyuan_tiny_cpu", "hunyuan_tiny_cpu_2p1", "hunyuan_tiny_cpu_colocated"]
+    assert [*hunyuan, "open_sora_plan_tiny_cpu"] == TINY
+    assert set(CONFIGS) == {*GPU, *OPEN_SORA_PLAN_GPU, *TINY, "hunyuan_8gpu"}
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -132,3 +136,77 @@ def test_the_published_sizes_are_those_of_the_classes() -> None:
         "patch_t": dit.patch_size_t,
         "patch_s": dit.patch_size,
     }
+
+
+@pytest.mark.parametrize("name", [*OPEN_SORA_PLAN_GPU, "open_sora_plan_tiny_cpu"])
+def test_open_sora_plan_files_ask_for_what_the_official_sampling_does(name: str) -> None:
+    from pipelines.open_sora_plan import DEFAULT_GUIDANCE_SCALE, DEFAULT_SPEC, DEFAULT_STEPS, NEGATIVE_PROMPT
+
+    config = load_config(CONFIGS[name])
+    r = config.request
+    assert (r.guidance_scale, r.negative_prompt) == (DEFAULT_GUIDANCE_SCALE, NEGATIVE_PROMPT)
+    assert (r.max_sequence_length, config.output.fps) == (512, 18.0)
+    if "gpu" in name:
+        assert (config.spec(), r.num_inference_steps) == (DEFAULT_SPEC, DEFAULT_STEPS)
+
+
+@pytest.mark.parametrize("name", OPEN_SORA_PLAN_GPU)
+def test_open_sora_plan_matches_the_cards_and_fits_their_memory(name: str) -> None:
+    from tools.cost_open_sora_plan import step_cost
+
+    match = re.fullmatch(r"open_sora_plan_(\d)gpu_80gb", name)
+    assert match is not None
+    config = load_config(CONFIGS[name])
+    assert config.world_size == int(match[1])
+    explained = explain_config(config)
+    facts = OpenSoraPlan.published.facts
+    assert (explained.clip.evaluations_per_step, explained.clip.video_tokens) == (2, 21_120)
+    weights = max(sum(rank.weight_bytes.values()) for rank in explained.ranks)
+    itemsize = 2
+    for rank in explained.ranks:
+        assert (rank.text_tokens, rank.heads * len(explained.ranks)) == (0, facts.num_heads)
+        others = explained.clip.video_tokens - rank.video_tokens
+        q_k_v = 3 * rank.video_tokens * (facts.num_heads - rank.heads)
+        assert rank.exchange_bytes_per_layer == (q_k_v + others * rank.heads) * facts.head_dim * itemsize
+    kept_fp32 = 24 * 4096 * 10240 * itemsize  # `wo` of mT5's 24 MLPs
+    step = step_cost(explained.clip.video_tokens, sparse_n=4)  # of one rank alone, its weights included
+    decode = SPARE * 2_000_000_000  # chunks of 4 latent frames
+    assert CONTEXT + weights + kept_fp32 + step.peak_bytes + decode < 40 * 10**9
+
+
+def test_the_published_sizes_of_open_sora_plan_are_those_of_the_classes() -> None:
+    import torch
+    from transformers import MT5Config, MT5EncoderModel
+
+    from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel
+
+    published = OpenSoraPlan.published
+    mt5 = MT5Config(vocab_size=250112, d_model=4096, d_kv=64, num_heads=64, d_ff=10240, num_layers=24)
+    with torch.device("meta"):
+        dit, encoder = OpenSoraPlanTransformer3DModel(), MT5EncoderModel(mt5)
+    assert sum(p.numel() for p in dit.parameters()) == published.parameters["transformer"]
+    assert sum(p.numel() for p in encoder.parameters()) == published.parameters["text_encoder"]
+    facts = published.facts
+    assert (facts.num_heads, facts.head_dim) == (dit.config.num_attention_heads, dit.config.attention_head_dim)
+    assert (facts.attention_layers, facts.text_dim) == (dit.config.num_layers, dit.config.caption_channels)
+
+
+def test_decoding_a_clip_of_open_sora_plan_is_next_to_nothing() -> None:
+    """Why no card is set aside for it."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pipelines.models.wf_vae import WFVAEModel
+    from pipelines.open_sora_plan import DEFAULT_SPEC, DEFAULT_STEPS
+    from tools.cost_open_sora_plan import step_cost
+
+    geometry = OpenSoraPlan.published.facts.geometry
+    sizes = {"base_channels": 128, "encoder_energy_flow_hidden_size": 64, "decoder_energy_flow_hidden_size": 128}
+    with torch.device("meta"):
+        vae = WFVAEModel(norm_type="layernorm", connect_res_layer_num=2, t_interpolation="trilinear", **sizes)
+        latents = torch.empty(geometry.latent_shape(DEFAULT_SPEC))
+    assert sum(p.numel() for p in vae.parameters()) == OpenSoraPlan.published.parameters["vae"]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.decode(latents)
+    denoise = DEFAULT_STEPS * step_cost(geometry.token_grid(DEFAULT_SPEC).video, sparse_n=4).flops
+    assert counter.get_total_flops() / denoise == pytest.approx(0.0032, rel=0.05)

@@ -17,13 +17,8 @@ from typer.testing import CliRunner
 
 from pipelines.models import open_sora_plan_loading as loading
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel
-from pipelines.models.open_sora_plan_loading import (
-    find_folders,
-    load_text_encoder,
-    load_tokenizer,
-    load_transformer,
-    load_vae,
-)
+from pipelines.models.open_sora_plan_layout import find_folders
+from pipelines.models.open_sora_plan_loading import load_text_encoder, load_tokenizer, load_transformer, load_vae
 from pipelines.models.spiece import PieceKind, read_spiece, spiece_tokenizer
 from pipelines.models.wf_vae import WFVAEModel
 from tests.osp_recorded import DATA, Recorded, draw, manifest, vae_scale

@@ -11,7 +11,8 @@ from transformers import MT5Config, MT5EncoderModel
 
 from pipelines import open_sora_plan as steps
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel, TextContext
-from pipelines.models.open_sora_plan_loading import find_folders, load_transformer
+from pipelines.models.open_sora_plan_layout import find_folders
+from pipelines.models.open_sora_plan_loading import load_transformer
 from pipelines.models.zero_snr_scheduler import make_scheduler
 from pipelines.open_sora_plan import OpenSoraPlanParts, PromptEmbeds
 from tests.osp_recorded import Recorded

@@ -18,16 +18,15 @@ import typer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipelines.models.open_sora_plan_layout import CheckpointFolders, find_folders
 from pipelines.models.open_sora_plan_loading import (
     DIFFUSERS_STEM,
     TEXT_ALIAS,
-    CheckpointFolders,
     Source,
     check_exact,
     empty_text_encoder,
     empty_transformer,
     empty_vae,
-    find_folders,
     is_kept_fp32,
     load_tokenizer,
     open_tensors,

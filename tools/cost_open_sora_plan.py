@@ -20,7 +20,8 @@ from pipelines.models.open_sora_plan import (
     SkipSparse,
     block_sparsity,
 )
-from pipelines.open_sora_plan import GEOMETRY, check_request
+from pipelines.open_sora_plan import check_request
+from pipelines.open_sora_plan_family import GEOMETRY
 from videopipe.geometry import VideoSpec
 
 

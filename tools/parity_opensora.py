@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel
-from pipelines.models.open_sora_plan_loading import TRANSFORMER_FOLDERS, VAE_FOLDERS, load_transformer, load_vae
+from pipelines.models.open_sora_plan_layout import TRANSFORMER_FOLDERS, VAE_FOLDERS
+from pipelines.models.open_sora_plan_loading import load_transformer, load_vae
 from pipelines.models.wf_vae import WFVAEModel
 
 HOW_TO_GET_IT = """The official package `opensora` is not importable by {python}. To get it:

@@ -42,7 +42,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     `attention_kernel`: `sdpa` lets torch choose its backend, the others name one; `math` is a float64 reference.
     """
 
-    family: Literal["hunyuan-video"] = "hunyuan-video"
+    family: Literal["hunyuan-video", "open-sora-plan"] = "hunyuan-video"
     weights: str = "hunyuanvideo-community/HunyuanVideo"
     revision: str | None = None
     dtype: DType = "float32"
@@ -73,7 +73,8 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `usp` does both on a mesh, `ulysses_degree` ranks dividing heads (0: as many as divide the ranks and have a head
     each), `mesh_inside` naming the axis of neighbouring ranks.
     `text` says what happens to padded text tokens: `trimmed` drops them, `padded` keeps and masks them, `auto` keeps
-    them on one rank (where the result is then bit-equal to diffusers) and trims them on several.
+    them on one rank (where the result is then bit-equal to diffusers) and trims them on several, and for
+    Open-Sora-Plan, which diffusers does not have, always.
     `heads_per_chunk`: so many heads of each rank travel while others compute (PipeSP); `all` is the plain path.
     `balance`: `heads` gives whole heads to ranks; `rows` divides those left over by query rows, so that 24 heads load
     5 or 7 ranks equally.
@@ -216,7 +217,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def text_trimmed(self) -> bool:
         """Whether padded text tokens are dropped before the DiT."""
         if self.attention.text == "auto":
-            return self.groups.dit_ranks > 1
+            return self.groups.dit_ranks > 1 or self.model.family == "open-sora-plan"
         return self.attention.text == "trimmed"
 
     def spec(self) -> VideoSpec:

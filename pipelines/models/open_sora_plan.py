@@ -343,15 +343,16 @@ class OpenSoraPlanTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin):
                 )
             bias = (1 - encoder_attention_mask[:, 0].to(encoder_hidden_states.dtype)) * MASKED
         projected = self.caption_projection(encoder_hidden_states[:, 0])
-        pairs = [block.text_keys_values(projected) for block in self._blocks()]
+        pairs = [block.text_keys_values(projected) for block in self.blocks()]
         return TextContext(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs), bias=bias)
 
     def set_attend(self, attend: Attend) -> None:
         """Compute the self-attention of every block with `attend`."""
-        for block in self._blocks():
+        for block in self.blocks():
             block.attn1.set_processor(SelfAttnProcessor(block.sparse, attend))
 
-    def _blocks(self) -> list["OpenSoraPlanBlock"]:
+    def blocks(self) -> list["OpenSoraPlanBlock"]:
+        """`transformer_blocks` by their type."""
         blocks = list(self.transformer_blocks)
         assert all(isinstance(block, OpenSoraPlanBlock) for block in blocks)
         return cast(list[OpenSoraPlanBlock], blocks)

@@ -17,7 +17,6 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,10 +29,6 @@ from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel
 from pipelines.models.spiece import spiece_tokenizer
 from pipelines.models.wf_vae import HAAR_2D_SCALE, HAAR_3D_SCALE, WFVAEModel
 
-TRANSFORMER_FOLDERS = ("transformer", "any93x640x640")
-VAE_FOLDERS = ("vae",)
-TEXT_ENCODER_FOLDERS = ("text_encoder", "mt5-xxl", "google/mt5-xxl")
-TOKENIZER_FOLDERS = ("tokenizer", *TEXT_ENCODER_FOLDERS)
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEMS = ("model", "pytorch_model")
 TEXT_TABLE = "shared.weight"
@@ -61,32 +56,6 @@ class Source(NamedTuple):
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointFolders:
-    """Where the parts of a checkpoint lie."""
-
-    transformer: Path
-    vae: Path
-    text_encoder: Path
-    tokenizer: Path
-
-
-def find_folders(weights: Path, text_encoder: Path | None = None) -> CheckpointFolders:
-    """The parts of a checkpoint below `weights`; `text_encoder` where mT5 lies elsewhere (it has its own repository).
-
-    Raises:
-        ValueError: a part is not there; names the folders that were tried.
-    """
-    encoders = [text_encoder] if text_encoder else _below(weights, TEXT_ENCODER_FOLDERS)
-    tokenizers = [text_encoder] if text_encoder else _below(weights, TOKENIZER_FOLDERS)
-    return CheckpointFolders(
-        transformer=_first("transformer", _below(weights, TRANSFORMER_FOLDERS), "config.json"),
-        vae=_first("vae", _below(weights, VAE_FOLDERS), "config.json"),
-        text_encoder=_first("text_encoder", encoders, "config.json"),
-        tokenizer=_first("tokenizer", tokenizers, "tokenizer.json", "spiece.model"),
-    )
 
 
 def load_transformer(
@@ -409,18 +378,6 @@ def _constant(value: Tensor) -> Callable[[], Tensor]:
 
 def _one_less(match: re.Match[str]) -> str:
     return f".connect_l{int(match[1]) - 1}."
-
-
-def _below(root: Path, names: Iterable[str]) -> list[Path]:
-    return [root / name for name in names]
-
-
-def _first(part: str, folders: Iterable[Path], *files: str) -> Path:
-    folders = list(folders)
-    for folder in folders:
-        if any((folder / file).is_file() for file in files):
-            return folder
-    raise ValueError(f"{part}: none of {', '.join(map(str, folders))} holds {' or '.join(files)}")
 
 
 def _some(names: list[str]) -> str:

@@ -3,7 +3,7 @@
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 
-MAX_STEPS = 285  # more would take a step up in sigma near the start: NaN
+from pipelines.models.open_sora_plan_layout import check_steps
 
 
 class ZeroSNREulerAncestralScheduler(EulerAncestralDiscreteScheduler):
@@ -43,16 +43,3 @@ def make_scheduler() -> ZeroSNREulerAncestralScheduler:
         timestep_spacing="trailing",
         rescale_betas_zero_snr=True,
     )
-
-
-def check_steps(num_inference_steps: int, where: str = "") -> None:
-    """Refuse a number of steps that cannot be sampled.
-
-    Raises:
-        ValueError: names the value and the nearest valid one.
-    """
-    near = min(max(num_inference_steps, 1), MAX_STEPS)
-    if num_inference_steps != near:
-        raise ValueError(
-            f"{where}num_inference_steps={num_inference_steps} must be between 1 and {MAX_STEPS}, nearest is {near}"
-        )
