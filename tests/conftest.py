@@ -7,6 +7,7 @@ import pytest
 
 from pipelines.hunyuan_video import HunyuanVideo
 from pipelines.launch import LocalLauncher
+from pipelines.open_sora_plan_family import OpenSoraPlan
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,6 +34,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[LocalLauncher]:
     """One zygote for all pipelines of the session: its imports take seconds, a fork takes milliseconds."""
-    shared = LocalLauncher(HunyuanVideo.preload)
+    shared = LocalLauncher((*HunyuanVideo.preload, *OpenSoraPlan.preload))
     yield shared
     shared.close()
