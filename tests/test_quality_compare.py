@@ -54,6 +54,16 @@ PLANTED = {  # candidate, first different frame, number of different frames, wha
     "seam": (np.concatenate([REF[:16], brighter(REF[16:], 6)]), 16, 8, "frame 16: brightness +6.0 levels"),
     "flicker": (changed(9, brighter(REF[9], 10)), 9, 1, FLICKERS),
     "noise": (noisy(REF), 0, 24, "every frame differs a little, all over the picture"),
+    "other content": (
+        np.random.default_rng(5)
+        .integers(0, 256, (24, 8, 8, 3))
+        .astype(np.uint8)
+        .repeat(REF.shape[1] // 8, 1)
+        .repeat(REF.shape[2] // 8, 2),
+        0,
+        24,
+        "every frame differs strongly, all over the picture",
+    ),
 }
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _REACH = 3  # frames back and forth within which a lost or repeated frame is recognised
+_STRONG = 10.0  # levels, root mean square on thumbnails: far above what encoders and kernels leave there
 _LOOKS = 12  # frames looked at closely at most
 _GRID = 48  # thumbnail samples per side
 _FLICKER_LEVELS = 1.5  # change of mean brightness that counts as flicker, in grey levels
@@ -80,11 +81,13 @@ class Watcher:
         found += [confined] if confined else []
         found += self._flicker_findings()
         if not found and self._different == self._count and self._count > 1:
-            low, high = min(self._noise), max(self._noise)
-            found.append(
-                "every frame differs a little, all over the picture, as lossy re-encoding or another kernel leaves it "
-                f"(root mean square {low**0.5:.2f} to {high**0.5:.2f} levels)"
-            )
+            low, high = min(self._noise) ** 0.5, max(self._noise) ** 0.5
+            if high > _STRONG:
+                what = "every frame differs strongly, all over the picture: other content, or a mistake in every frame"
+            else:
+                cause = "lossy re-encoding or another kernel"
+                what = f"every frame differs a little, all over the picture, as {cause} leaves it"
+            found.append(f"{what} (root mean square {low:.2f} to {high:.2f} levels)")
         return tuple(found)
 
     def _place(self, t: int, thumbnail: NDArray[np.float32]) -> None:
