@@ -358,9 +358,6 @@ class WFVAEDecoder(nn.Module):
 class Timed(nn.Module):
     """A layer that looks along time: called with [B, C, t, h, w] and the stream."""
 
-    def forward(self, x: Tensor, stream: Stream) -> Tensor:
-        raise NotImplementedError
-
 
 class CausalConv3d(Timed):
     """3D convolution whose frame t sees no later frame; the clip's first frame is repeated in front of it."""
