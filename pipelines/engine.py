@@ -180,7 +180,6 @@ class Engine:
         self._ready = threading.Event()
         self._failure: BaseException | None = None
         self._transfer = 0
-        self._closing = False
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe()
         os.set_blocking(self._wake_write, False)
@@ -349,7 +348,6 @@ class Engine:
 
     def _say_goodbye(self) -> None:
         """Idle ranks leave in order; ranks at work are ended by the launcher right after."""
-        self._closing = True
         if not self._scheduler.idle or not self._ready.is_set():
             return
         for rank in range(self.config.world_size):

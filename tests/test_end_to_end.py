@@ -185,7 +185,8 @@ def test_text_encoder_on_the_vae_group_gives_the_same(
 
 def test_decode_of_one_clip_overlaps_denoise_of_the_next(shared_pipeline: HunyuanVideoPipeline) -> None:
     before = len(shared_pipeline.trace.spans)
-    requests = [request(i, num_inference_steps=12) for i in range(6)]
+    # denoising takes longer than decoding, so a decode falls into the denoise of the next clip, not of a later one
+    requests = [request(i, num_inference_steps=30) for i in range(6)]
     assert len(list(shared_pipeline.render(requests))) == 6
     spans = shared_pipeline.trace.spans[before:]
     order = [r.id for r in requests]
@@ -197,7 +198,7 @@ def test_decode_of_one_clip_overlaps_denoise_of_the_next(shared_pipeline: Hunyua
             for s in spans
             if s.stage == "denoise"
         )
-    assert overlapping >= 1  # five could; a busy machine may lose some
+    assert overlapping >= 3  # five could; a busy machine may lose some
     assert shared_pipeline.trace.overlap("denoise", "decode") > 0
 
 
