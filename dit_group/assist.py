@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_group.attention import Layout, SequenceParallel
+from dit_group.call import run_call
 from dit_group.kernels import Kernel
 
 
@@ -69,12 +70,7 @@ class Assistant:
         nothing = self._nothing.expand(assisted.rows, -1, -1, -1)
         for layout in layouts:
             for kernel in self._kernels:
-                call = layout.attention.begin(kernel)
-                call.value(nothing)
-                call.key(nothing)
-                call.query(nothing)
-                call.attend()
-                call.output()
+                run_call(layout.attention.begin(kernel), nothing, nothing, nothing)
 
     def forget(self, request: str) -> None:
         """No step of this request will come any more."""

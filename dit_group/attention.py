@@ -8,31 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dit_group.call import AttentionCall, run_call
 from dit_group.kernels import KERNELS, Kernel
 from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses
 from dit_group.usp import Usp
 from videopipe.partition import JointSequence
 from videopipe.runtime import MeshGroups
-
-
-class AttentionCall(Protocol):
-    """One layer's attention, step by step, so that the caller computes while tensors travel."""
-
-    def value(self, v: Tensor) -> None:
-        """Send v [B, S_local, N, D] on its way, as soon as it is projected."""
-
-    def key(self, k: Tensor) -> None:
-        """Send k [B, S_local, N, D] on its way."""
-
-    def query(self, q: Tensor) -> None:
-        """Send q [B, S_local, N, D] on its way."""
-
-    def attend(self) -> None:
-        """Compute; the output begins to travel."""
-
-    def output(self) -> Tensor:
-        """The attention of this member's tokens, all heads: [B, S_local, N, D]."""
 
 
 class Strategy(Protocol):
@@ -143,9 +125,4 @@ class SequenceParallel:
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
         """Joint attention: this member's [video | text] tokens of all heads in and out, [B, S_local, N, D]."""
-        call = self.begin(kernel)
-        call.value(v)
-        call.key(k)
-        call.query(q)
-        call.attend()
-        return call.output()
+        return run_call(self.begin(kernel), q, k, v)

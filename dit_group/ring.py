@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dit_group.call import run_call
 from dit_group.kernels import Kernel, KernelWithLse, kernel_with_lse, merge_partial
 from dit_group.ulysses import Balance
 from videopipe.exchange import PendingExchange, start_take_from_previous
@@ -73,12 +74,7 @@ class Ring:
 
         Where heads are divided by somebody else, N may be any number, and q may have any rows, none included.
         """
-        call = self.begin()
-        call.value(v)
-        call.key(k)
-        call.query(q)
-        call.attend()
-        return call.output()
+        return run_call(self.begin(), q, k, v)
 
 
 class _Block:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dit_group.call import run_call
 from dit_group.kernels import Kernel
 from videopipe.exchange import Exchange, PendingExchange, start_gather_tokens
 from videopipe.partition import Partition, split_evenly
@@ -79,12 +80,7 @@ class Ulysses:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Local tokens of all heads in, the same out: [B, S_local, N, D]."""
-        call = self.begin()
-        call.value(v)
-        call.key(k)
-        call.query(q)
-        call.attend()
-        return call.output()
+        return run_call(self.begin(), q, k, v)
 
 
 class UlyssesCall:

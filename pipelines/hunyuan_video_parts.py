@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, LlamaModel, PreTrainedTokenizerFast
 
 from dit_group.assist import Assistant
-from dit_group.attention import MERGING, AttentionCall, Layout, SequenceParallel
+from dit_group.attention import MERGING, Layout, SequenceParallel
+from dit_group.call import AttentionCall
 from dit_group.denoise import Denoising
 from dit_group.kernels import check_kernel
 from dit_group.modulation import ModulationTable, PrecomputedModulation

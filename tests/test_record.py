@@ -11,7 +11,8 @@ from diffusers import HunyuanVideoPipeline as DiffusersPipeline
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dit_group.attention import AttentionCall, SequenceParallel
+from dit_group.attention import SequenceParallel
+from dit_group.call import AttentionCall
 from dit_group.denoise import draw_noise
 from dit_group.record import StepRecording, evenly_chosen, observing
 from pipelines import HunyuanVideoPipeline, cli

@@ -16,7 +16,8 @@ from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideo
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dit_group.attention import AttentionCall, Layout, SequenceParallel
+from dit_group.attention import Layout, SequenceParallel
+from dit_group.call import AttentionCall
 from dit_group.denoise import draw_noise
 from dit_group.plan import Shard, apply_plan
 from dit_group.ulysses import Ulysses
