@@ -1,6 +1,6 @@
 """What every family's parts need to take their place among the ranks."""
 
-from dit_group.attention import SequenceParallel
+from dit_group.attention import Branch, SequenceParallel
 from videopipe.config import Config
 from videopipe.runtime import Runtime
 
@@ -20,3 +20,39 @@ def sequence_parallel(config: Config, runtime: Runtime, num_heads: int) -> Seque
         assist_groups=runtime.assist_groups,
         mesh=runtime.mesh,
     )
+
+
+def half_parallel(config: Config, runtime: Runtime, num_heads: int, half: int) -> SequenceParallel:
+    """This rank's place in one half of the DiT group, which evaluates one branch of guidance, or beside it."""
+    assert runtime.branches is not None, "this run has no halves"
+    groups, pair = runtime.branches.halves[half], runtime.branches.pair
+    return SequenceParallel(
+        group=groups.group,
+        member=groups.ranks.index(runtime.rank) if runtime.rank in groups.ranks else None,
+        members=len(groups.ranks),
+        num_heads=num_heads,
+        strategy=config.attention.strategy,
+        kernel=config.model.attention_kernel,
+        heads_per_chunk=config.attention.fixed_heads_per_chunk,
+        balance=config.attention.balance,
+        rank=runtime.rank,
+        assist_groups=groups.assist_groups,
+        mesh=groups.mesh,
+        branch=None if pair is None else Branch(half, pair),
+    )
+
+
+def both_halves(config: Config, runtime: Runtime, num_heads: int) -> list[SequenceParallel]:
+    """A helper's view of the two halves of the DiT group; empty where the group is not halved."""
+    if runtime.branches is None:
+        return []
+    return [half_parallel(config, runtime, num_heads, half) for half in range(2)]
+
+
+def own_half(config: Config, runtime: Runtime, num_heads: int) -> SequenceParallel | None:
+    """A DiT rank's place in its half, where branches of guidance are evaluated side by side; else None."""
+    if runtime.branches is None:
+        return None
+    assert runtime.dit_member is not None, runtime.rank
+    half = runtime.dit_member // len(runtime.branches.halves[0].ranks)
+    return half_parallel(config, runtime, num_heads, half)
