@@ -136,10 +136,14 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         if not clip.halved:
             return [f"guidance      both branches on all DiT ranks; attention.cfg_parallel='on' would send {other}"]
         half, pairs = len(ranks) // 2, sum(rank.branch_bytes_per_step for rank in self.ranks)
+        first, second = (
+            f"DiT rank {part[0]}" if half == 1 else f"DiT ranks {part[0]} to {part[-1]}"
+            for part in (ranks[:half], ranks[half:])
+        )
         return [
             (
-                f"guidance      one branch on DiT ranks {ranks[0]}-{ranks[half - 1]}, the other on {ranks[half]}-"
-                f"{ranks[-1]}, and {_bytes(pairs)} per step between them; all ranks together would send {other}"
+                f"guidance      one branch on {first}, the other on {second}; {_bytes(pairs)} per step between them; "
+                f"all ranks together would send {other}"
             )
         ]
 
@@ -196,7 +200,7 @@ def explain_config(config: Config) -> Explanation:
             heads, layer = _attention_share(config, sequence.counts, facts, place)
             values = sequence.video_counts[place] * patch_values
             branch = values * itemsize if halved else 0
-            gather = values * 4 * (len(sequence.counts) - 1)  # float32
+            gather = values * 4 * (len(sequence.counts) - 1)  # float32 at most
         holds = {
             "text_encoder": rank == topology.encoder_rank,
             "denoiser": member is not None,

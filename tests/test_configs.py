@@ -161,10 +161,12 @@ def test_open_sora_plan_matches_the_cards_and_fits_their_memory(name: str) -> No
     explained = explain_config(config)
     facts = OpenSoraPlan.published.facts
     assert (explained.clip.evaluations_per_step, explained.clip.video_tokens) == (2, 21_120)
+    assert explained.clip.halved == (config.world_size > 1)
     weights = max(sum(rank.weight_bytes.values()) for rank in explained.ranks)
     itemsize = 2
     for rank in explained.ranks:
-        assert (rank.text_tokens, rank.heads * len(explained.ranks)) == (0, facts.num_heads)
+        members = len(explained.ranks) // (2 if explained.clip.halved else 1)
+        assert (rank.text_tokens, rank.heads * members) == (0, facts.num_heads)
         others = explained.clip.video_tokens - rank.video_tokens
         q_k_v = 3 * rank.video_tokens * (facts.num_heads - rank.heads)
         assert rank.exchange_bytes_per_layer == (q_k_v + others * rank.heads) * facts.head_dim * itemsize

@@ -126,9 +126,7 @@ def gathering_every_step(denoiser: HunyuanVideoDenoiser | OpenSoraPlanDenoiser) 
     placing = dict(hooks)
     hooks.clear()
     assert denoiser._parallel is not None
-    (handle,) = apply_plan(
-        denoiser.transformer, [Gather(module="proj_out", dim=1, stream="video")], denoiser._parallel
-    )
+    (handle,) = apply_plan(denoiser.transformer, [Gather(module="proj_out", dim=1, stream="video")], denoiser._parallel)
     yield
     handle.remove()
     hooks.update(placing)
