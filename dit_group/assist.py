@@ -17,11 +17,12 @@ from dit_group.kernels import Kernel
 
 @dataclass(frozen=True)
 class _Assisted:
-    """The sizes of a request: video tokens, masks of text tokens by evaluation, rows of the batch."""
+    """The sizes of a request: video tokens, masks of text tokens by evaluation, rows of the batch; who evaluates."""
 
     num_video: int
     text_masks: list[Tensor]
     rows: int
+    halved: bool
 
 
 class Assistant:
@@ -29,6 +30,7 @@ class Assistant:
 
     Args:
         parallel: this rank's view of the DiT group, as a helper.
+        halves: its view of the two halves that evaluate branches of guidance side by side, where there are such.
         kernels: what computes each attention layer of one evaluation of the DiT; None for the configured kernel.
         head_dim, dtype, device: of the activations.
     """
@@ -41,36 +43,50 @@ class Assistant:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        halves: Sequence[SequenceParallel] = (),
     ) -> None:
         self._parallel = parallel
+        self._halves = tuple(halves)
         self._kernels = tuple(kernels)
         self._nothing = torch.empty((1, 0, parallel.num_heads, head_dim), dtype=dtype, device=device)
         self._requests: dict[str, _Assisted] = {}
         self._layouts: dict[tuple[str, tuple[int, ...]], list[Layout]] = {}
 
-    def prepare(self, request: str, num_video: int, text_masks: Sequence[Tensor], rows: int = 1) -> None:
+    def prepare(
+        self, request: str, num_video: int, text_masks: Sequence[Tensor], rows: int = 1, halved: bool = False
+    ) -> None:
         """Steps of this request may want help.
 
         Args:
             num_video: video tokens.
             text_masks: bool [1, L] for each evaluation of the DiT in a step, as the DiT ranks lay out their text.
             rows: batch B of each evaluation.
+            halved: each half of the DiT group runs one of two evaluations, at the same time.
         """
-        self._requests[request] = _Assisted(num_video, list(text_masks), rows)
+        assert not halved or len(self._halves) == len(text_masks) == 2, (len(self._halves), len(text_masks))
+        self._requests[request] = _Assisted(num_video, list(text_masks), rows, halved)
 
     @torch.no_grad()
     def step(self, request: str, helpers: tuple[int, ...]) -> None:
-        """Take part in every attention layer of one step."""
+        """Take part in every attention layer of one step.
+
+        Two halves of the DiT group are helped in turn, layer by layer: one computes what is not attention meanwhile.
+        """
         assisted = self._requests[request]
         layouts = self._layouts.get((request, helpers))
         if layouts is None:
-            num_video = assisted.num_video
-            layouts = [self._parallel.lay_out(num_video, m.shape[1], m, helpers) for m in assisted.text_masks]
+            views = self._halves if assisted.halved else [self._parallel] * len(assisted.text_masks)
+            layouts = [
+                view.lay_out(assisted.num_video, mask.shape[1], mask, helpers)
+                for view, mask in zip(views, assisted.text_masks, strict=True)
+            ]
             self._layouts[request, helpers] = layouts
         nothing = self._nothing.expand(assisted.rows, -1, -1, -1)
-        for layout in layouts:
-            for kernel in self._kernels:
-                run_call(layout.attention.begin(kernel), nothing, nothing, nothing)
+        order = [(layout, kernel) for layout in layouts for kernel in self._kernels]
+        if assisted.halved:
+            order = [(layout, kernel) for kernel in self._kernels for layout in layouts]
+        for layout, kernel in order:
+            run_call(layout.attention.begin(kernel), nothing, nothing, nothing)
 
     def forget(self, request: str) -> None:
         """No step of this request will come any more."""

@@ -13,7 +13,6 @@ from dit_group.kernels import KERNELS, Kernel
 from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses
 from dit_group.usp import Usp
-from videopipe.exchange import gather_tokens
 from videopipe.partition import JointSequence
 from videopipe.runtime import MeshGroups
 
@@ -30,18 +29,50 @@ MERGING = ("ring", "usp")  # they merge partial results, so the kernel must have
 
 
 @dataclass(frozen=True)
+class Branch:
+    """Which of guidance's two branches this half of the DiT group evaluates; `pair` joins a member and its twin.
+
+    The twin owns the same tokens in the other half.
+    """
+
+    index: int
+    pair: dist.ProcessGroup
+
+
+@dataclass(frozen=True)
 class Layout:
-    """How one sequence lies over the members, and the attention over all of it."""
+    """How one sequence lies over the members of a group, and the attention over all of it.
+
+    `group` joins the members, None for one; `member` is this rank's place among them, None for a helper. `branch` is
+    there where the members are one half of the DiT group and evaluate one branch of guidance. `order` has the index in
+    the sequence of each video token in the order of the members, None where each member owns a run of them.
+    """
 
     sequence: JointSequence
     attention: Strategy
+    group: dist.ProcessGroup | None
+    member: int | None
+    branch: Branch | None = None
+    order: Tensor | None = None
+
+    @property
+    def own(self) -> slice | Tensor:
+        """Where this member's video tokens are in the sequence: an index of one axis."""
+        assert self.member is not None, "a helper owns no tokens"
+        own = self.sequence.video_of(self.member)
+        return own if self.order is None else self.order[own]
+
+    def in_sequence(self, tokens: Tensor) -> Tensor:
+        """All members' video tokens [B, S, C], one member after the other, in the order of the sequence."""
+        return tokens if self.order is None else torch.empty_like(tokens).index_copy_(1, self.order, tokens)
 
 
 class SequenceParallel:
     """One rank's place in the DiT group; hooks and attention processors hold it. `member` is None for a helper.
 
-    `lay_out` prepares a sequence once (it may look at a mask's values), `use` makes it the current one at no cost.
-    `mesh` has the subgroups that `usp` needs.
+    `lay_out` prepares a sequence once (it may look at a mask's values), `use` makes it the current one at no cost: also
+    one that another `SequenceParallel` of this rank has laid out over fewer members.
+    `mesh` has the subgroups that `usp` needs, `branch` says what a half of the DiT group evaluates.
     """
 
     def __init__(
@@ -58,8 +89,9 @@ class SequenceParallel:
         rank: int = 0,
         assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] | None = None,
         mesh: MeshGroups | None = None,
+        branch: Branch | None = None,
     ) -> None:
-        self.group = group
+        self._group = group
         self.members = members
         self._member = member
         self._rank = rank
@@ -70,13 +102,8 @@ class SequenceParallel:
         self._heads_per_chunk = heads_per_chunk
         self._balance: Balance = balance
         self._more: dict[str, Any] = {"mesh": mesh} if strategy == "usp" else {}
+        self.branch = branch
         self._current: Layout | None = None
-
-    @property
-    def member(self) -> int:
-        """This member's place among the DiT ranks."""
-        assert self._member is not None, "a helper owns no tokens"
-        return self._member
 
     def lay_out(
         self, num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
@@ -93,7 +120,7 @@ class SequenceParallel:
             visible = text_mask.new_ones((text_mask.shape[0], num_video))
             key_mask = torch.cat([visible, text_mask], dim=1)[:, sequence.order()]
         attention = self._strategy(
-            group=self._assist_groups[helpers] if helpers else self.group,
+            group=self._assist_groups[helpers] if helpers else self._group,
             member=self._member if self._member is not None else self.members + helpers.index(self._rank),
             token_counts=(*sequence.counts, *(0 for _ in helpers)),
             num_heads=self.num_heads,
@@ -103,22 +130,33 @@ class SequenceParallel:
             balance=self._balance,
             **self._more,
         )
-        return Layout(sequence, attention)
+        return Layout(sequence, attention, self._group, self._member, self.branch)
 
     def use(self, layout: Layout) -> None:
         """The model is about to be called with this sequence."""
         self._current = layout
 
     @property
+    def layout(self) -> Layout:
+        """The current sequence."""
+        assert self._current is not None, "no layout in use"
+        return self._current
+
+    @property
     def sequence(self) -> JointSequence:
         """Who owns which video and text tokens of the current sequence."""
-        assert self._current is not None, "no layout in use"
-        return self._current.sequence
+        return self.layout.sequence
 
-    def whole(self, tensor: Tensor, stream: int) -> Tensor:
-        """All members' tokens between blocks, [B, S_local, C] to [B, S, C]; stream 0 is the video, 1 the text."""
-        counts = (self.sequence.video_counts, self.sequence.text_counts)[stream]
-        return gather_tokens(tensor, counts, self.group, self.member)
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Joins the members of the current sequence; None for one member."""
+        return self.layout.group
+
+    @property
+    def member(self) -> int:
+        """This rank's place among the members of the current sequence."""
+        assert self.layout.member is not None, "a helper owns no tokens"
+        return self.layout.member
 
     def begin(self, kernel: Kernel | None = None) -> AttentionCall:
         """The attention of one layer, step by step, so that the caller computes while tensors travel.
@@ -126,8 +164,7 @@ class SequenceParallel:
         Args:
             kernel: computes this layer's attention in place of the configured kernel, where layers differ.
         """
-        assert self._current is not None, "no layout in use"
-        return self._current.attention.begin(kernel)
+        return self.layout.attention.begin(kernel)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
         """Joint attention: this member's [video | text] tokens of all heads in and out, [B, S_local, N, D]."""

@@ -1,4 +1,4 @@
-"""Sequence parallelism as data: where tokens are sharded and gathered, applied to an innocent model through hooks."""
+"""Sequence parallelism as data: where tokens are sharded and made whole, applied to an innocent model by hooks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +25,19 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Place:
+    """Put this member's tokens, the output of `module`, where they belong in a whole tensor of zeros along `dim`.
+
+    Nothing travels. What follows must act on each token alone and look at this member's tokens only, as guidance and
+    a scheduler's update do, until `dit_group.shards.gather_latents` makes the result whole.
+    """
+
+    module: str
+    dim: int
+    stream: Stream
+
+
+@dataclass(frozen=True, kw_only=True)
 class Gather:
     """Make the output of `module` whole again along `dim`, on every member."""
 
@@ -40,17 +53,19 @@ class Reshard:
     module: str
 
 
-Plan = Sequence[Shard | Reshard | Gather]
+Plan = Sequence[Shard | Reshard | Place | Gather]
 
 
 class Parallel(Protocol):
     """Who owns what of the current sequence: `SequenceParallel` or `FrameParallel`."""
 
-    group: dist.ProcessGroup | None
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Joins the members of the current sequence; None for one member."""
 
     @property
     def member(self) -> int:
-        """This member's place among the DiT ranks."""
+        """This member's place among them."""
 
     @property
     def sequence(self) -> JointSequence:
@@ -74,6 +89,8 @@ def apply_plan(model: nn.Module, plan: Plan, parallel: Parallel) -> list[Removab
             handles.append(module.register_forward_hook(_to_frames_hook(parallel)))
         elif isinstance(entry, Shard):
             handles.append(module.register_forward_hook(_shard_hook(entry, parallel)))
+        elif isinstance(entry, Place):
+            handles.append(module.register_forward_hook(_place_hook(entry, parallel)))
         else:
             handles.append(module.register_forward_hook(_gather_hook(entry, parallel)))
     return handles
@@ -97,8 +114,7 @@ def _shard_hook(entry: Shard, parallel: Parallel) -> Any:
     def shard(
         module: nn.Module, args: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]
     ) -> Tensor | tuple[Tensor, ...]:
-        sequence = parallel.sequence
-        own = (sequence.video_of if entry.stream == "video" else sequence.text_of)(parallel.member)
+        own = _own(entry, parallel)
         if isinstance(output, tuple):
             return tuple(x.narrow(entry.dim, own.start, own.stop - own.start) for x in output)
         return output.narrow(entry.dim, own.start, own.stop - own.start)
@@ -106,10 +122,28 @@ def _shard_hook(entry: Shard, parallel: Parallel) -> Any:
     return shard
 
 
+def _place_hook(entry: Place, parallel: Parallel) -> Any:
+    def place(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        own, shape = _own(entry, parallel), list(output.shape)
+        shape[entry.dim] = sum(_counts(entry, parallel))
+        whole = output.new_zeros(shape)
+        whole.narrow(entry.dim, own.start, own.stop - own.start).copy_(output)
+        return whole
+
+    return place
+
+
 def _gather_hook(entry: Gather, parallel: Parallel) -> Any:
     def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        sequence = parallel.sequence
-        counts = sequence.video_counts if entry.stream == "video" else sequence.text_counts
-        return gather_tokens(output, counts, parallel.group, parallel.member, dim=entry.dim)
+        return gather_tokens(output, _counts(entry, parallel), parallel.group, parallel.member, dim=entry.dim)
 
     return gather
+
+
+def _own(entry: Shard | Place, parallel: Parallel) -> slice:
+    sequence = parallel.sequence
+    return (sequence.video_of if entry.stream == "video" else sequence.text_of)(parallel.member)
+
+
+def _counts(entry: Place | Gather, parallel: Parallel) -> tuple[int, ...]:
+    return parallel.sequence.video_counts if entry.stream == "video" else parallel.sequence.text_counts

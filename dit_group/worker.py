@@ -70,12 +70,13 @@ class DitWorker:
             recording.step(self._denoiser, run, message.step)
 
     def finish(self, request: str) -> None:
-        """Free the state; the leader keeps the latents in host memory."""
+        """Free the state; the members' tokens become whole latents, which the leader keeps in host memory."""
         run = self._runs.pop(request)
         self._recordings.pop(request, None)
         assert run.next_step == run.num_steps, (request, run.next_step, run.num_steps)
+        latents = run.latents()
         if self._runtime.is_leader:
-            self._latents[request] = run.latents.to("cpu", torch.float32).contiguous()
+            self._latents[request] = latents.to("cpu", torch.float32).contiguous()
 
     def send(self, message: SendLatents) -> None:
         """Begin to send finished latents; they stay here until `release`."""

@@ -661,6 +661,7 @@ def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
         "heads_per_chunk": config.attention.heads_per_chunk,
         "balance": config.attention.balance,
         "co_processing": config.attention.co_processing,
+        "cfg_parallel": config.attention.cfg_parallel,
         "text": "trimmed" if config.text_trimmed else "padded",
         "queue_capacity": config.queue.capacity,
     }

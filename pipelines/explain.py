@@ -10,7 +10,7 @@ from pipelines.checkpoint import Checkpoint, CheckpointUnreachableError
 from pipelines.engine import describe_plan, make_topology
 from pipelines.families import Family, ModelFacts, load_family
 from videopipe.config import Config, to_toml
-from videopipe.geometry import VideoSpec
+from videopipe.geometry import TokenGrid, VideoSpec
 from videopipe.partition import JointSequence, Mesh, Partition, ring_bytes, split_evenly
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES
@@ -20,8 +20,10 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One rank: what it is, what it loads (bytes of weights in memory by part), and what it owns of a sequence.
 
     The tokens and heads are those of a denoising step, 0 on ranks that only decode. `exchange_bytes_per_layer` is what
-    the rank sends to others for q, k, v and the attention's output; `exchange_bytes_per_step` that times the layers and
-    evaluations of a step; `gather_bytes_per_step` what it sends so that every member has the whole prediction.
+    the rank sends to others for q, k, v and the attention's output, on average where layers differ;
+    `exchange_bytes_per_step` what it sends in all layers of the evaluations of a step that it takes part in;
+    `branch_bytes_per_step` what it sends to its twin in the other half of the DiT group (`attention.cfg_parallel`);
+    `gather_bytes_per_clip` what it sends so that finished latents are whole.
     """
 
     rank: int
@@ -33,14 +35,18 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     heads: int
     exchange_bytes_per_layer: int
     exchange_bytes_per_step: int
-    gather_bytes_per_step: int
+    branch_bytes_per_step: int
+    gather_bytes_per_clip: int
 
 
 class ClipPlan(msgspec.Struct, frozen=True, kw_only=True):
     """One clip of the configured size: tensors, and bytes that it moves once.
 
     `conditioning_bytes` and `latent_bytes` are what travels in all, from the text encoder to the DiT ranks and from
-    the DiT group's leader to a decoding rank; 0 where they stay in the same process.
+    the DiT group's leader to a decoding rank; 0 where they stay in the same process. `exchange_bytes` is what DiT ranks
+    send to each other in all steps and at the end. `halved` says whether the two evaluations of a step run side by side
+    on two halves of the DiT group, `step_bytes_otherwise` what a step would send if it were the other way, None where
+    there is no other way.
     """
 
     spec: VideoSpec
@@ -54,6 +60,8 @@ class ClipPlan(msgspec.Struct, frozen=True, kw_only=True):
     conditioning_bytes: int
     latent_bytes: int
     exchange_bytes: int
+    halved: bool
+    step_bytes_otherwise: int | None
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,14 +110,15 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         if len(self.plan["dit_ranks"]) > 1:
             layer = [rank.exchange_bytes_per_layer for rank in self.ranks if rank.heads or rank.video_tokens]
             step = sum(rank.exchange_bytes_per_step for rank in self.ranks)
-            gather = sum(rank.gather_bytes_per_step for rank in self.ranks)
+            gather = sum(rank.gather_bytes_per_clip for rank in self.ranks)
             lines += [
                 f"per layer     {_bytes(min(layer))} to {_bytes(max(layer))} sent by each DiT rank: q, k, v and output",
                 (
                     f"per step      {_bytes(step)} in all: {self.attention_layers} layers, DiT evaluations: "
-                    f"{clip.evaluations_per_step}; and {_bytes(gather)} to gather the prediction"
+                    f"{clip.evaluations_per_step}"
                 ),
-                f"per clip      {_bytes(clip.exchange_bytes)} in all steps",
+                *self._guidance(),
+                f"per clip      {_bytes(clip.exchange_bytes)}: all steps, and {_bytes(gather)} to gather the latents",
             ]
         else:
             lines.append("per step      none: one DiT rank")
@@ -118,6 +127,26 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
             f"latents       {_bytes(clip.latent_bytes)} per clip, leader to decoding rank",
         ]
         return "\n".join(lines)
+
+    def _guidance(self) -> list[str]:
+        """How the branches of guidance are evaluated, and what the other way would send."""
+        clip, ranks = self.clip, self.plan["dit_ranks"]
+        if clip.step_bytes_otherwise is None:
+            return []
+        other = f"{_bytes(clip.step_bytes_otherwise)} per step"
+        if not clip.halved:
+            return [f"guidance      both branches on all DiT ranks; attention.cfg_parallel='on' would send {other}"]
+        half, pairs = len(ranks) // 2, sum(rank.branch_bytes_per_step for rank in self.ranks)
+        first, second = (
+            f"DiT rank {part[0]}" if half == 1 else f"DiT ranks {part[0]} to {part[-1]}"
+            for part in (ranks[:half], ranks[half:])
+        )
+        return [
+            (
+                f"guidance      one branch on {first}, the other on {second}; {_bytes(pairs)} per step between them; "
+                f"all ranks together would send {other}"
+            )
+        ]
 
 
 def explain_config(config: Config) -> Explanation:
@@ -149,20 +178,29 @@ def explain_config(config: Config) -> Explanation:
     members = len(topology.dit_ranks)
     text = min(config.request.max_sequence_length, facts.text_tokens)
     grid = facts.geometry.token_grid(request.spec, max(text, members) if facts.joint_text else 0)
-    sequence = JointSequence.even(grid.video, grid.text, members)
     evaluations = family.evaluations(request)
     itemsize = DTYPES[config.model.dtype].itemsize
     geometry = facts.geometry
     patch_values = geometry.channels * geometry.patch_t * geometry.patch_s**2
+    halved = config.attention.cfg_parallel == "on" and evaluations == 2
+    sequence, sent = _evaluation(config, family, facts, grid, members // 2 if halved else members)
+    otherwise = None
+    if evaluations == 2 and members % 2 == 0:
+        # every rank for both branches, or each half for one of them, and pairs exchange what they predict
+        otherwise = 2 * sum(_evaluation(config, family, facts, grid, members if halved else members // 2)[1])
+        otherwise += 0 if halved else 2 * grid.video * patch_values * itemsize
 
     ranks = []
     for rank in range(config.world_size):
         member = topology.dit_ranks.index(rank) if rank in topology.dit_ranks else None
-        heads = layer = gather = 0
+        heads = evaluation = branch = gather = place = 0
         if member is not None:
-            heads, layer = _attention_share(config, sequence.counts, facts, member)
-            # shards are padded to the largest one, see videopipe.exchange.gather_tokens
-            gather = max(sequence.video_counts) * patch_values * itemsize * (members - 1) * evaluations
+            place = member % len(sequence.counts)
+            heads, _ = _attention_share(config, sequence.counts, facts, place)
+            evaluation = sent[place]
+            values = sequence.video_counts[place] * patch_values
+            branch = values * itemsize if halved else 0
+            gather = values * 4 * (len(sequence.counts) - 1)  # float32 at most
         holds = {
             "text_encoder": rank == topology.encoder_rank,
             "denoiser": member is not None,
@@ -174,12 +212,13 @@ def explain_config(config: Config) -> Explanation:
                 role="vae" if member is None else "dit" if topology.vae_ranks else "dit+vae",
                 device=_device(config, rank),
                 weight_bytes={part: _in_memory(config, part, parameters[part]) for part in holds if holds[part]},
-                video_tokens=0 if member is None else sequence.video_counts[member],
-                text_tokens=0 if member is None else sequence.text_counts[member],
+                video_tokens=0 if member is None else sequence.video_counts[place],
+                text_tokens=0 if member is None else sequence.text_counts[place],
                 heads=heads,
-                exchange_bytes_per_layer=layer,
-                exchange_bytes_per_step=layer * facts.attention_layers * evaluations,
-                gather_bytes_per_step=gather,
+                exchange_bytes_per_layer=evaluation // facts.attention_layers,
+                exchange_bytes_per_step=evaluation * (1 if halved else evaluations),
+                branch_bytes_per_step=branch,
+                gather_bytes_per_clip=gather,
             )
         )
 
@@ -200,8 +239,13 @@ def explain_config(config: Config) -> Explanation:
         text_tokens=text,
         conditioning_bytes=conditioning * receivers,
         latent_bytes=latent_bytes if topology.vae_ranks else 0,
-        exchange_bytes=request.num_inference_steps
-        * sum(rank.exchange_bytes_per_step + rank.gather_bytes_per_step for rank in ranks),
+        exchange_bytes=sum(
+            request.num_inference_steps * (rank.exchange_bytes_per_step + rank.branch_bytes_per_step)
+            + rank.gather_bytes_per_clip
+            for rank in ranks
+        ),
+        halved=halved,
+        step_bytes_otherwise=otherwise,
     )
     return Explanation(
         config=config,
@@ -212,6 +256,19 @@ def explain_config(config: Config) -> Explanation:
         ranks=tuple(ranks),
         clip=clip,
     )
+
+
+def _evaluation(
+    config: Config, family: Family, facts: ModelFacts, grid: TokenGrid, members: int
+) -> tuple[JointSequence, tuple[int, ...]]:
+    """Tokens of each member and the bytes that it sends to others in all layers of one evaluation."""
+    layout = family.layout(facts, grid.video, members)
+    if layout is None:
+        sequence = JointSequence.even(grid.video, grid.text, members)
+        layer = [_attention_share(config, sequence.counts, facts, member)[1] for member in range(members)]
+        return sequence, tuple(size * facts.attention_layers for size in layer)
+    itemsize = DTYPES[config.model.dtype].itemsize
+    return JointSequence(layout.video_counts, (0,) * members), tuple(n * itemsize for n in layout.sent_values)
 
 
 def _attention_share(config: Config, counts: tuple[int, ...], facts: ModelFacts, member: int) -> tuple[int, int]:

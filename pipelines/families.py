@@ -19,9 +19,10 @@ from videopipe.runtime import Runtime
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the checkpoint's config files alone tell, before any weight is read.
 
-    `attention_layers` self-attention layers that exchange q, k, v and the output; `text_tokens` the longest prompt,
-    in tokens; `joint_text` whether text tokens are part of the self-attention's sequence, and so of what ranks share,
-    or each rank has the whole text; `text_dim` and `pooled_dim` the widths of the conditioning, 0 where there is none.
+    `attention_layers` self-attention layers that exchange q, k, v and the output; `text_tokens` the longest prompt, in
+    tokens; `joint_text` whether text tokens are part of the self-attention's sequence, and so of what ranks share, or
+    each rank has the whole text; `sparse_n` groups of tokens that sparse layers keep apart; `text_dim` and `pooled_dim`
+    the widths of the conditioning, 0 where there is none.
     """
 
     family: str
@@ -31,8 +32,19 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     attention_layers: int
     text_tokens: int
     joint_text: bool = True
+    sparse_n: int = 1
     text_dim: int = 0
     pooled_dim: int = 0
+
+
+class FamilyLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """How one evaluation of the DiT lies over its members, where a family deals tokens and heads out by itself.
+
+    `sent_values` are what each member sends to others, for one row of the batch.
+    """
+
+    video_counts: tuple[int, ...]
+    sent_values: tuple[int, ...]
 
 
 class PublishedModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,6 +108,9 @@ class Family(Protocol):
 
     def evaluations(self, request: VideoRequest) -> int:
         """How often a step evaluates the DiT for one clip, one after the other or as rows of a batch."""
+
+    def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:
+        """Who has which tokens and sends what; None where each layer exchanges q, k, v and output by the strategy."""
 
     def load_text_encoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> TextEncoder:
         """Load the text encoders onto the rank's device."""

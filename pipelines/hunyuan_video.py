@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint, CheckpointError
-from pipelines.families import Assistant, ModelFacts, PublishedModel, TextEncoder
+from pipelines.families import Assistant, FamilyLayout, ModelFacts, PublishedModel, TextEncoder
 from pipelines.pipeline import VideoPipeline
 from vae_group.worker import Decoder
 from videopipe.config import Config
@@ -111,6 +111,10 @@ class HunyuanVideo:
     def evaluations(self, request: VideoRequest) -> int:
         """2 with a negative prompt and true_cfg_scale above 1, else 1."""
         return 2 if has_second_branch(request) else 1
+
+    def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:
+        """None: every layer exchanges by the strategy."""
+        return None
 
     def load_text_encoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> TextEncoder:
         """Llama and CLIP with their tokenizers."""

@@ -31,12 +31,13 @@ from dit_group.call import AttentionCall
 from dit_group.denoise import Denoising
 from dit_group.kernels import check_kernel
 from dit_group.modulation import ModulationTable, PrecomputedModulation
-from dit_group.plan import Gather, Shard, apply_plan
+from dit_group.plan import Place, Shard, apply_plan
 from dit_group.record import Keep, observing
+from dit_group.shards import exchange_branches, gather_latents
 from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import has_second_branch, latent_geometry
-from pipelines.parallel import sequence_parallel
+from pipelines.parallel import both_halves, own_half, sequence_parallel
 from vae_group.decode import to_frames
 from videopipe.config import Config
 from videopipe.records import VideoRequest
@@ -46,9 +47,12 @@ PLAN = (
     Shard(module="x_embedder", dim=1, stream="video"),
     Shard(module="rope", dim=0, stream="video"),
     Shard(module="context_embedder", dim=1, stream="text"),
-    Gather(module="proj_out", dim=1, stream="video"),
+    Place(module="proj_out", dim=1, stream="video"),
 )
-"""Where the tokens of diffusers' HunyuanVideo DiT are sharded: after the embedders, until the last projection.
+"""Where the tokens of diffusers' HunyuanVideo DiT are sharded: after the embedders, until the end of the request.
+
+A member's prediction is whole in shape and right in its own tokens. Guidance and the scheduler act on each token alone,
+and so does the patch embedding of the next step, so nothing is gathered until the latents are finished.
 
 The token refiner (two blocks over at most 256 text tokens) runs on every member; its output is sharded.
 """
@@ -281,12 +285,14 @@ class HunyuanVideoDenoiser:
         self._trimmed = config.text_trimmed
         members = len(runtime.dit_ranks)
         self._parallel: SequenceParallel | None = None
+        self._half: SequenceParallel | None = None
         self._helpers: tuple[int, ...] = ()
         own_attention = members > 1 or self._trimmed or config.model.attention_kernel != "sdpa"
         if own_attention or config.helper_sets:
             num_heads = self.transformer.config.num_attention_heads
             self._parallel = sequence_parallel(config, runtime, num_heads)
             parallelize(self.transformer, self._parallel, config.attention.overlap_mlp and members > 1)
+            self._half = own_half(config, runtime, num_heads)
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:
         """[1, 16, T', H', W']."""
@@ -303,8 +309,15 @@ class HunyuanVideoDenoiser:
         dtype = self.transformer.dtype
         guidance = torch.tensor([request.guidance_scale], dtype=dtype, device=self._device) * 1000.0
         num_video = self._geometry.token_grid(request.spec).video
-        branches = [self._branch(conditioning, prefix) for prefix in branch_prefixes(request)]
-
+        prefixes, parallel, layout = branch_prefixes(request), self._parallel, None
+        halved = len(prefixes) == 2 and self._half is not None
+        if halved:  # this half of the DiT group evaluates one branch
+            parallel = self._half
+            assert parallel is not None and parallel.branch is not None
+            prefixes = (prefixes[parallel.branch.index],)
+        branches = [self._branch(conditioning, prefix, parallel) for prefix in prefixes]
+        if parallel is not None:
+            layout = branches[0].layout(parallel, num_video)
         guided = guidance if self.transformer.config.guidance_embeds else None
         steps = iter(range(len(scheduler.timesteps)))
         if self._modulation is not None:
@@ -322,8 +335,8 @@ class HunyuanVideoDenoiser:
             for branch in branches:
                 if self._modulation is not None and branch.modulation is not None:
                     self._modulation.use(branch.modulation, step)
-                if self._parallel is not None:
-                    self._parallel.use(branch.layout(self._parallel, num_video, self._helpers))
+                if self._parallel is not None and parallel is not None:
+                    self._parallel.use(branch.layout(parallel, num_video, self._helpers))
                 predictions.append(
                     self.transformer(
                         hidden_states=latents.to(dtype),
@@ -335,6 +348,9 @@ class HunyuanVideoDenoiser:
                         return_dict=False,
                     )[0]
                 )
+            if halved:
+                assert layout is not None
+                predictions = list(exchange_branches(predictions[0], layout, self._geometry))
             if len(predictions) == 1:
                 return predictions[0]
             conditional, unconditional = predictions
@@ -343,7 +359,10 @@ class HunyuanVideoDenoiser:
         def advance(prediction: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
             return scheduler.step(prediction, timestep, latents, return_dict=False)[0]
 
-        return Denoising(predict, advance, noise, scheduler.timesteps)
+        def gather(latents: Tensor) -> Tensor:
+            return latents if layout is None else gather_latents(latents, layout, self._geometry)
+
+        return Denoising(predict, advance, noise, scheduler.timesteps, gather)
 
     def take_help(self, helpers: tuple[int, ...]) -> None:
         """From the next step on these VAE ranks take a share of the attention."""
@@ -351,14 +370,14 @@ class HunyuanVideoDenoiser:
 
     def observe(self, keep: Keep, num_blocks: int) -> AbstractContextManager[None]:
         """Within the block, steps hand whole tensors to `keep`; on every member of the DiT group."""
-        return observing(self.transformer, self._parallel, keep, num_blocks)
+        return observing(self.transformer, self._parallel, self._geometry, keep, num_blocks)
 
-    def _branch(self, conditioning: Mapping[str, Tensor], prefix: str) -> "_Branch":
+    def _branch(self, conditioning: Mapping[str, Tensor], prefix: str, parallel: SequenceParallel | None) -> "_Branch":
         dtype = self.transformer.dtype
         embeds = conditioning[prefix + "prompt_embeds"].to(dtype)
         mask = conditioning[prefix + "prompt_attention_mask"]
-        if self._parallel is not None:
-            mask = kept_text(mask, self._parallel.members, self._trimmed)
+        if parallel is not None:
+            mask = kept_text(mask, parallel.members, self._trimmed)
             embeds = F.pad(embeds, (0, 0, 0, max(mask.shape[1] - embeds.shape[1], 0)))[:, : mask.shape[1]]
         return _Branch(embeds, mask.to(dtype), conditioning[prefix + "pooled_prompt_embeds"].to(dtype))
 
@@ -373,7 +392,7 @@ class _Branch:
     layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict)
     modulation: ModulationTable | None = None
 
-    def layout(self, parallel: SequenceParallel, num_video: int, helpers: tuple[int, ...]) -> Layout:
+    def layout(self, parallel: SequenceParallel, num_video: int, helpers: tuple[int, ...] = ()) -> Layout:
         """Laid out once for each set of helpers."""
         if helpers not in self.layouts:
             self.layouts[helpers] = parallel.lay_out(num_video, self.mask.shape[1], self.mask.bool(), helpers)
@@ -406,13 +425,16 @@ class HunyuanVideoAssistant:
             head_dim=facts.head_dim,
             dtype=DTYPES[config.model.dtype],
             device=runtime.device,
+            halves=both_halves(config, runtime, facts.num_heads),
         )
+        self._halved = runtime.branches is not None
 
     def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:
         """Sizes of a request, laid out as the DiT ranks do."""
         masks = [torch.tensor([list(mask)], dtype=torch.bool, device=self._device) for mask in text_masks]
-        kept = [kept_text(mask, self._members, self._trimmed) for mask in masks]
-        self._assistant.prepare(request.id, self._geometry.token_grid(request.spec).video, kept)
+        halved = self._halved and has_second_branch(request)
+        kept = [kept_text(mask, self._members // 2 if halved else self._members, self._trimmed) for mask in masks]
+        self._assistant.prepare(request.id, self._geometry.token_grid(request.spec).video, kept, halved=halved)
 
     def step(self, request: str, helpers: tuple[int, ...]) -> None:
         """Take part in one step."""

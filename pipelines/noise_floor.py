@@ -88,7 +88,8 @@ def layout_of(config: Config) -> RankLayout:
 def with_layout(config: Config, layout: RankLayout, form: OutputFormat) -> Config:
     """The same configuration on another layout: what needs a VAE group goes where there is none.
 
-    A mesh whose `ulysses_degree` does not divide the DiT ranks gets the usual degree.
+    A mesh whose `ulysses_degree` does not divide the DiT ranks gets the usual degree; an odd number of them evaluates
+    the branches of guidance together.
 
     Steps are not recorded.
 
@@ -102,7 +103,10 @@ def with_layout(config: Config, layout: RankLayout, form: OutputFormat) -> Confi
         attention = config.attention
         if layout.vae_ranks == 0:
             groups, attention = r(groups, text_encoder="dit"), r(attention, co_processing="off")
-        if attention.ulysses_degree and layout.dit_ranks % attention.ulysses_degree:
+        if layout.dit_ranks % 2:
+            attention = r(attention, cfg_parallel="off")
+        members = layout.dit_ranks // 2 if attention.cfg_parallel == "on" else layout.dit_ranks
+        if attention.ulysses_degree and members % attention.ulysses_degree:
             attention = r(attention, ulysses_degree=0)
         changed = r(changed, groups=groups, attention=attention, schedule=r(config.schedule, policy="auto"))
     check_config(changed)

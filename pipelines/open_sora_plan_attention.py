@@ -25,7 +25,7 @@ from dit_group.ulysses import Ulysses
 from pipelines.models.open_sora_plan import PADDED, OpenSoraPlanTransformer3DModel, rotate, skip_sparse_attention
 from pipelines.models.skip_sparse import DENSE, SkipSparse
 from pipelines.skip_sparse_layout import Held, Move, head_counts, held_patterns, held_tokens, move_between
-from videopipe.exchange import exchange_tokens, gather_tokens
+from videopipe.exchange import exchange_tokens
 from videopipe.partition import JointSequence
 
 
@@ -119,19 +119,17 @@ class GroupedAttention:
     Args:
         plans: for each kind of layer and each group, the rows of this member and how its heads are exchanged; groups
             that this member has no part in are left out.
-        layouts: which tokens every rank holds, by the pattern that they lie by.
-        moves: how this rank gets from one of those to another; none for a helper.
+        moves: how this rank gets from where tokens lie by one pattern to where they lie by another; none for a helper.
     """
 
     def __init__(
         self,
         plans: Mapping[LayerKernel, Sequence[tuple[slice, Ulysses]]],
-        layouts: Mapping[SkipSparse, Held],
         moves: Mapping[tuple[SkipSparse, SkipSparse], Move],
     ) -> None:
         self._plans = plans
-        self.layouts = layouts
         self.moves = moves
+        self.layouts: dict[SkipSparse, Layout] = {}  # of this sequence, by the pattern that its tokens lie by
 
     def begin(self, kernel: Kernel | None = None) -> AttentionCall:
         """The attention of a layer of this `LayerKernel`."""
@@ -159,47 +157,47 @@ class GroupParallel(SequenceParallel):
     def lay_out(
         self, num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
     ) -> Layout:
-        """Deal tokens and heads of each group out to members and helpers; no text takes part in self-attention."""
+        """Deal tokens and heads of each group out to members and helpers; no text takes part in self-attention.
+
+        The layout is that of the first block, in which an evaluation begins and ends.
+        """
         assert num_text == 0, num_text
         lies = [kernel.held for kernel in self.kernels]
-        layouts = {pattern: held_tokens(pattern, num_video, self.members) for pattern in dict.fromkeys(lies)}
-        plans = {kernel: self._plans(kernel, layouts[kernel.held], helpers) for kernel in dict.fromkeys(self.kernels)}
+        held = {pattern: held_tokens(pattern, num_video, self.members) for pattern in dict.fromkeys(lies)}
+        plans = {kernel: self._plans(kernel, held[kernel.held], helpers) for kernel in dict.fromkeys(self.kernels)}
         moves = {}
         if self._member is not None:
-            for before, after in dict.fromkeys(pairwise(lies)):
-                moves[before, after] = move_between(layouts[before], layouts[after], self._member).to(self._device)
-        layouts = {pattern: held.to(self._device) for pattern, held in layouts.items()}
-        totals = layouts[lies[0]].totals
-        return Layout(JointSequence(totals, (0,) * len(totals)), GroupedAttention(plans, layouts, moves))
+            for before, after in dict.fromkeys([*pairwise(lies), (lies[-1], lies[0])]):
+                moves[before, after] = move_between(held[before], held[after], self._member).to(self._device)
+        attention = GroupedAttention(plans, moves)
+        for pattern, tokens in held.items():
+            order = torch.cat(tokens.tokens).to(self._device)
+            sequence = JointSequence(tokens.totals, (0,) * self.members)
+            attention.layouts[pattern] = Layout(sequence, attention, self._group, self._member, self.branch, order)
+        return attention.layouts[lies[0]]
+
+    def use(self, layout: Layout) -> None:
+        """The model is about to be called with this sequence."""
+        super().use(layout)
+        self.now = self.kernels[0].held
 
     @property
-    def mine(self) -> Tensor:
-        """The tokens that this rank holds at the moment, by their index in the sequence."""
-        return self._grouped.layouts[self.now].tokens[self.member]
-
-    def begin_evaluation(self) -> None:
-        """Tokens lie again as the first block wants them."""
-        self.now = self.kernels[0].held
+    def layout(self) -> Layout:
+        """The current sequence, as its tokens lie at the moment."""
+        attention = super().layout.attention
+        assert isinstance(attention, GroupedAttention)
+        return attention.layouts[self.now]
 
     def move(self, x: Tensor, held: SkipSparse) -> Tensor:
         """The tokens [B, S_local, C] that this rank shall hold where they lie by `held`, from now on."""
         if held == self.now:
             return x
-        move = self._grouped.moves[self.now, held]
+        attention = self.layout.attention
+        assert isinstance(attention, GroupedAttention)
+        move = attention.moves[self.now, held]
         self.now = held
         received = exchange_tokens(x[:, move.send_order], move.send_counts, move.receive_counts, self.group)
         return received[:, move.receive_order]
-
-    def whole(self, tensor: Tensor, stream: int) -> Tensor:
-        """Tokens [B, S_local, C] as they lie at the moment to [B, S, C] in the order of the sequence, everywhere."""
-        held = self._grouped.layouts[self.now]
-        x = gather_tokens(tensor, held.totals, self.group, self.member)
-        return x[:, torch.cat(held.tokens).argsort()]
-
-    @property
-    def _grouped(self) -> GroupedAttention:
-        assert self._current is not None and isinstance(self._current.attention, GroupedAttention)
-        return self._current.attention
 
     def _plans(self, kernel: LayerKernel, held: Held, helpers: tuple[int, ...]) -> list[tuple[slice, Ulysses]]:
         member = self._member if self._member is not None else self.members + helpers.index(self._rank)
@@ -218,7 +216,7 @@ class GroupParallel(SequenceParallel):
             if everything == (token_counts[member], counts[member]):
                 plans.append((rows, self._ulysses(computed, None, 0, token_counts[member : member + 1], None)))
             elif everything not in zip(token_counts, counts, strict=True):
-                exchange = self._assist_groups[helpers] if helpers else self.group
+                exchange = self._assist_groups[helpers] if helpers else self._group
                 plans.append((rows, self._ulysses(computed, exchange, member, token_counts, counts)))
         return plans
 
@@ -269,18 +267,20 @@ class GroupedSelfAttention:
 
 
 def parallelize(transformer: OpenSoraPlanTransformer3DModel, parallel: GroupParallel) -> None:
-    """Shard the DiT over the members of `parallel`: after the patch embedding, until the last projection.
+    """Shard the DiT over the members of `parallel`: after the patch embedding, until the end of the request.
 
     Each rank takes its tokens, and their angles, of what all of them compute; before a block whose tokens lie
-    differently than those of the block before it they change hands. The text stays whole on every rank.
+    differently than those of the block before it they change hands, and at the end once more, as projected. A rank's
+    prediction is whole in shape and right in the tokens that it took: guidance, the scheduler and the patch embedding
+    of the next step act on each token alone. The text stays whole on every rank.
     """
     followers = _Followers(parallel)
-    transformer.pos_embed.register_forward_hook(followers.take_tokens)
-    transformer.rotary.register_forward_hook(followers.keep_angles)
-    transformer.proj_out.register_forward_hook(followers.gather)
     for block, kernel in zip(transformer.blocks(), parallel.kernels, strict=True):
         block.attn1.set_processor(GroupedSelfAttention(parallel, kernel))
         block.register_forward_pre_hook(followers.before(kernel.held))
+    transformer.pos_embed.register_forward_hook(followers.take_tokens)
+    transformer.rotary.register_forward_hook(followers.keep_angles)
+    transformer.proj_out.register_forward_hook(followers.place)
 
 
 class _Followers:
@@ -292,8 +292,7 @@ class _Followers:
         self._own_angles: dict[SkipSparse, tuple[Tensor, ...]] = {}
 
     def take_tokens(self, module: nn.Module, args: Any, tokens: Tensor) -> Tensor:
-        self._parallel.begin_evaluation()
-        return tokens[:, self._parallel.mine]
+        return tokens[:, self._parallel.layout.own]
 
     def keep_angles(self, module: nn.Module, args: Any, angles: tuple[Tensor, ...]) -> None:
         self._angles = angles
@@ -304,10 +303,14 @@ class _Followers:
             x, modulation, _, *more = args
             x = self._parallel.move(x, held)
             if held not in self._own_angles:
-                self._own_angles[held] = tuple(table[self._parallel.mine] for table in self._angles)
+                self._own_angles[held] = tuple(table[self._parallel.layout.own] for table in self._angles)
             return (x, modulation, self._own_angles[held], *more)
 
         return follow
 
-    def gather(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return self._parallel.whole(output, 0)
+    def place(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        output = self._parallel.move(output, self._parallel.kernels[0].held)
+        layout = self._parallel.layout
+        whole = output.new_zeros(output.shape[0], sum(layout.sequence.video_counts), output.shape[2])
+        whole[:, layout.own] = output
+        return whole

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint, CheckpointError, CheckpointUnreachableError
-from pipelines.families import Assistant, ModelFacts, PublishedModel, TextEncoder
+from pipelines.families import Assistant, FamilyLayout, ModelFacts, PublishedModel, TextEncoder
 from pipelines.models.open_sora_plan_layout import check_steps, find_folders
+from pipelines.models.skip_sparse import block_sparsity
 from pipelines.pipeline import VideoPipeline
+from pipelines.skip_sparse_layout import held_patterns, held_tokens, sent_values
 from vae_group.worker import Decoder
 from videopipe.config import Config, ConfigError
 from videopipe.geometry import LatentGeometry
@@ -76,6 +78,7 @@ class OpenSoraPlan:
             attention_layers=32,
             text_tokens=512,
             joint_text=False,
+            sparse_n=4,
             text_dim=4096,
         ),
         parameters={"text_encoder": 5_655_173_120, "transformer": 2_771_981_600, "vae": 147_347_660},
@@ -128,6 +131,7 @@ class OpenSoraPlan:
             attention_layers=dit.get("num_layers", 32),
             text_tokens=512,
             joint_text=False,
+            sparse_n=dit.get("sparse_n", 4) if dit.get("sparse1d", True) else 1,
             text_dim=dit.get("caption_channels", 4096),
         )
 
@@ -163,6 +167,25 @@ class OpenSoraPlan:
     def evaluations(self, request: VideoRequest) -> int:
         """2 where guidance is on, as two rows of a batch, else 1."""
         return 2 if request.guidance_scale > 1 else 1
+
+    def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:
+        """By groups of skip-sparse attention, see `pipelines.skip_sparse_layout`."""
+        patterns = [block_sparsity(i, True, facts.sparse_n) for i in range(facts.attention_layers)]
+        return FamilyLayout(
+            video_counts=held_tokens(held_patterns(patterns)[0], num_video, members).totals,
+            sent_values=tuple(
+                sent_values(
+                    patterns,
+                    num_video,
+                    ranks=members,
+                    member=member,
+                    heads=facts.num_heads,
+                    head_dim=facts.head_dim,
+                    out_values=facts.geometry.channels * facts.geometry.patch_t * facts.geometry.patch_s**2,
+                )
+                for member in range(members)
+            ),
+        )
 
     def load_text_encoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> TextEncoder:
         """mT5 with its tokenizer."""

@@ -7,6 +7,7 @@ Source: Open-Sora Plan (arXiv 2412.00131); the exchange of heads is DeepSpeed-Ul
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from dit_group.assist import Assistant
 from dit_group.attention import Layout
 from dit_group.denoise import Denoising
 from dit_group.record import Keep, observing
+from dit_group.shards import exchange_branches, gather_latents
 from pipelines.checkpoint import Checkpoint
 from pipelines.families import ModelFacts
 from pipelines.models.open_sora_plan import TextContext
@@ -41,7 +43,7 @@ from pipelines.open_sora_plan import (
     trim_text,
 )
 from pipelines.open_sora_plan_attention import GroupParallel, layer_kernels, parallelize
-from pipelines.parallel import place
+from pipelines.parallel import both_halves, own_half, sequence_parallel
 from videopipe.config import Config
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
@@ -88,12 +90,13 @@ class OpenSoraPlanDenoiser:
         self._device = runtime.device
         self._helpers: tuple[int, ...] = ()
         self._parallel: GroupParallel | None = None
+        self._half: GroupParallel | None = None
         if len(runtime.dit_ranks) > 1 or config.helper_sets:
             kernels = layer_kernels([block.sparse for block in self.transformer.blocks()])
-            self._parallel = GroupParallel(
-                kernels=kernels, device=runtime.device, **place(config, runtime, facts.num_heads)
-            )
+            make = partial(GroupParallel, kernels=kernels, device=runtime.device)
+            self._parallel = sequence_parallel(config, runtime, facts.num_heads, make)
             parallelize(self.transformer, self._parallel)
+            self._half = own_half(config, runtime, facts.num_heads, make)
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:
         """[1, C, T', H', W']."""
@@ -112,20 +115,37 @@ class OpenSoraPlanDenoiser:
         torch.randn(shape, generator=generator, dtype=torch.float32)
         text = self._text(conditioning)
         num_video = self._geometry.token_grid(request.spec).video
+        parallel = self._parallel
+        halved = self._half is not None and text.keys[0].shape[0] == 2
+        if halved:  # this half of the DiT group evaluates one row
+            parallel = self._half
+            assert parallel is not None and parallel.branch is not None
+            text = text.select(slice(parallel.branch.index, parallel.branch.index + 1))
         layouts: dict[tuple[int, ...], Layout] = {}
+
+        def layout(helpers: tuple[int, ...]) -> Layout:
+            assert parallel is not None
+            if helpers not in layouts:
+                layouts[helpers] = parallel.lay_out(num_video, 0, None, helpers)
+            return layouts[helpers]
 
         def predict_v(latents: Tensor, timestep: Tensor) -> Tensor:
             if self._parallel is not None:
-                if self._helpers not in layouts:
-                    layouts[self._helpers] = self._parallel.lay_out(num_video, 0, None, self._helpers)
-                self._parallel.use(layouts[self._helpers])
-            return guide(predict(self.transformer, scheduler, latents, timestep, text), request.guidance_scale)
+                self._parallel.use(layout(self._helpers))
+            v = predict(self.transformer, scheduler, latents, timestep, text)
+            if halved:  # in the model's own precision, which v had
+                v = torch.cat(exchange_branches(v.to(self.transformer.dtype), layout(()), self._geometry)).float()
+            return guide(v, request.guidance_scale)
 
         def advance(v: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
             return denoise_step(scheduler, latents, v, timestep, generator)
 
         start = noise * scheduler.init_noise_sigma.to(noise.device)
-        return Denoising(predict_v, advance, start, scheduler.timesteps)
+
+        def gather(latents: Tensor) -> Tensor:
+            return latents if parallel is None else gather_latents(latents, layout(()), self._geometry)
+
+        return Denoising(predict_v, advance, start, scheduler.timesteps, gather)
 
     def take_help(self, helpers: tuple[int, ...]) -> None:
         """From the next step on these VAE ranks take a share of the attention."""
@@ -133,7 +153,7 @@ class OpenSoraPlanDenoiser:
 
     def observe(self, keep: Keep, num_blocks: int) -> AbstractContextManager[None]:
         """Within the block, steps hand whole tensors to `keep`; on every member of the DiT group."""
-        return observing(self.transformer, self._parallel, keep, num_blocks)
+        return observing(self.transformer, self._parallel, self._geometry, keep, num_blocks, branches_as_rows=True)
 
     def _text(self, conditioning: Mapping[str, Tensor]) -> TextContext:
         text = PromptEmbeds(embeds=conditioning["prompt_embeds"], mask=conditioning["prompt_mask"])
@@ -149,20 +169,26 @@ class OpenSoraPlanAssistant:
         # patterns and sizes of the blocks; on the meta device it holds no weights
         skeleton = empty_transformer(find_folders(Path(checkpoint.location)).transformer)
         kernels = layer_kernels([block.sparse for block in skeleton.blocks()])
+        make = partial(GroupParallel, kernels=kernels, device=runtime.device)
         self._assistant = Assistant(
-            GroupParallel(kernels=kernels, device=runtime.device, **place(config, runtime, facts.num_heads)),
+            sequence_parallel(config, runtime, facts.num_heads, make),
             kernels=kernels,
             head_dim=facts.head_dim,
             dtype=DTYPES[config.model.dtype],
             device=runtime.device,
+            halves=both_halves(config, runtime, facts.num_heads, make),
         )
+        self._halved = runtime.branches is not None
 
     def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:
         """Sizes of a request, laid out as the DiT ranks do."""
         no_text = torch.ones((1, 0), dtype=torch.bool)
         rows = len(prompt_rows(request.prompt, request.negative_prompt, request.guidance_scale))
         num_video = self._geometry.token_grid(request.spec).video
-        self._assistant.prepare(request.id, num_video, [no_text for _ in text_masks], rows)
+        if self._halved and rows == 2:
+            self._assistant.prepare(request.id, num_video, [no_text, no_text], rows=1, halved=True)
+        else:
+            self._assistant.prepare(request.id, num_video, [no_text for _ in text_masks], rows)
 
     def step(self, request: str, helpers: tuple[int, ...]) -> None:
         """Take part in one step."""

@@ -1,29 +1,84 @@
 """What every family's parts need to take their place among the ranks."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar
 
-from dit_group.attention import SequenceParallel
+from dit_group.attention import Branch, SequenceParallel
 from videopipe.config import Config
 from videopipe.runtime import Runtime
 
-
-def sequence_parallel(config: Config, runtime: Runtime, num_heads: int) -> SequenceParallel:
-    """This rank's place in the DiT group, or beside it as a helper."""
-    return SequenceParallel(**place(config, runtime, num_heads))
+P = TypeVar("P", bound=SequenceParallel)
 
 
-def place(config: Config, runtime: Runtime, num_heads: int) -> dict[str, Any]:
-    """What `SequenceParallel`, or a class derived from it, is to know of this rank."""
-    return {
-        "group": runtime.exchange_group,
-        "member": runtime.dit_member,
-        "members": len(runtime.dit_ranks),
-        "num_heads": num_heads,
-        "strategy": config.attention.strategy,
-        "kernel": config.model.attention_kernel,
-        "heads_per_chunk": config.attention.fixed_heads_per_chunk,
-        "balance": config.attention.balance,
-        "rank": runtime.rank,
-        "assist_groups": runtime.assist_groups,
-        "mesh": runtime.mesh,
-    }
+def sequence_parallel(
+    config: Config,
+    runtime: Runtime,
+    num_heads: int,
+    make: Callable[..., P] = SequenceParallel,  # type: ignore[assignment]
+) -> P:
+    """This rank's place in the DiT group, or beside it as a helper; `make` where a family has a place of its own."""
+    return make(
+        group=runtime.exchange_group,
+        member=runtime.dit_member,
+        members=len(runtime.dit_ranks),
+        num_heads=num_heads,
+        strategy=config.attention.strategy,
+        kernel=config.model.attention_kernel,
+        heads_per_chunk=config.attention.fixed_heads_per_chunk,
+        balance=config.attention.balance,
+        rank=runtime.rank,
+        assist_groups=runtime.assist_groups,
+        mesh=runtime.mesh,
+    )
+
+
+def half_parallel(
+    config: Config,
+    runtime: Runtime,
+    num_heads: int,
+    half: int,
+    make: Callable[..., P] = SequenceParallel,  # type: ignore[assignment]
+) -> P:
+    """This rank's place in one half of the DiT group, which evaluates one branch of guidance, or beside it."""
+    assert runtime.branches is not None, "this run has no halves"
+    groups, pair = runtime.branches.halves[half], runtime.branches.pair
+    return make(
+        group=groups.group,
+        member=groups.ranks.index(runtime.rank) if runtime.rank in groups.ranks else None,
+        members=len(groups.ranks),
+        num_heads=num_heads,
+        strategy=config.attention.strategy,
+        kernel=config.model.attention_kernel,
+        heads_per_chunk=config.attention.fixed_heads_per_chunk,
+        balance=config.attention.balance,
+        rank=runtime.rank,
+        assist_groups=groups.assist_groups,
+        mesh=groups.mesh,
+        branch=None if pair is None else Branch(half, pair),
+    )
+
+
+def both_halves(
+    config: Config,
+    runtime: Runtime,
+    num_heads: int,
+    make: Callable[..., P] = SequenceParallel,  # type: ignore[assignment]
+) -> list[P]:
+    """A helper's view of the two halves of the DiT group; empty where the group is not halved."""
+    if runtime.branches is None:
+        return []
+    return [half_parallel(config, runtime, num_heads, half, make) for half in range(2)]
+
+
+def own_half(
+    config: Config,
+    runtime: Runtime,
+    num_heads: int,
+    make: Callable[..., P] = SequenceParallel,  # type: ignore[assignment]
+) -> P | None:
+    """A DiT rank's place in its half, where branches of guidance are evaluated side by side; else None."""
+    if runtime.branches is None:
+        return None
+    assert runtime.dit_member is not None, runtime.rank
+    half = runtime.dit_member // len(runtime.branches.halves[0].ranks)
+    return half_parallel(config, runtime, num_heads, half, make)

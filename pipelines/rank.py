@@ -116,13 +116,14 @@ def _join(spec: RankSpec, device: torch.device) -> Runtime:
         store = dist.PrefixStore(
             spec.store_prefix, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
         )
-    mesh, attention = None, spec.config.attention
+    mesh, half_mesh, attention, members = None, None, spec.config.attention, spec.config.groups.dit_ranks
+    halved = attention.cfg_parallel == "on"
     if attention.strategy == "usp":
         model = spec.config.model
         facts = load_family(model.family).facts(Checkpoint(model.weights, model.revision))
-        mesh = Mesh.choose(
-            spec.config.groups.dit_ranks, facts.num_heads, attention.ulysses_degree, attention.mesh_inside
-        )
+        mesh = Mesh.choose(members, facts.num_heads, attention.ulysses_degree, attention.mesh_inside)
+        if halved:
+            half_mesh = Mesh.choose(members // 2, facts.num_heads, attention.ulysses_degree, attention.mesh_inside)
     return start_runtime(
         rank=spec.rank,
         world_size=spec.world_size,
@@ -132,6 +133,8 @@ def _join(spec: RankSpec, device: torch.device) -> Runtime:
         helper_sets=spec.config.helper_sets,
         timeout_s=2 * spec.config.faults.hang_timeout_s + 60,
         mesh=mesh,
+        halved=halved,
+        half_mesh=half_mesh,
     )
 
 

@@ -65,10 +65,6 @@ class Held:
         """Tokens of each rank."""
         return tuple(len(tokens) for tokens in self.tokens)
 
-    def to(self, device: torch.device) -> "Held":
-        """The same with its indices on `device`."""
-        return replace(self, tokens=tuple(tokens.to(device) for tokens in self.tokens))
-
 
 def held_tokens(pattern: SkipSparse, num_tokens: int, ranks: int) -> Held:
     """The tokens of each rank in blocks that lie by `pattern`: about S/n each, of as few groups as that allows.
@@ -200,10 +196,12 @@ def sent_values(
     heads: int,
     head_dim: int,
     helpers: int = 0,
+    out_values: int = 0,
 ) -> int:
-    """Values that `member` sends to others in all blocks of one evaluation, for one row of the batch.
+    """Values that `member` sends to others in one evaluation, for one row of the batch.
 
-    Members from `ranks` on are helpers. Gathering the prediction is not counted.
+    Members from `ranks` on are helpers. `out_values`: of each token of the prediction, which returns to those who hold
+    it in the first block.
     """
     held = held_patterns(patterns)
     layouts = {pattern: held_tokens(pattern, num_tokens, ranks) for pattern in set(held)}
@@ -214,8 +212,12 @@ def sent_values(
             partition = Partition((*group_tokens, *[0] * helpers), group_heads)
             sent = 3 * partition.to_heads_bytes(member, 1, head_dim, 1)
             total += layers * (sent + partition.to_tokens_bytes(member, 1, head_dim, 1))
-    for (before, after), times in Counter(pairwise(held)).items():
-        if before != after and member < ranks:
-            counts = move_between(layouts[before], layouts[after], member).send_counts
-            total += times * (sum(counts) - counts[member]) * heads * head_dim
+    if member < ranks:
+        values = Counter({(held[-1], held[0]): out_values})
+        for change in pairwise(held):
+            values[change] += heads * head_dim
+        for (before, after), of_a_token in values.items():
+            if before != after:
+                counts = move_between(layouts[before], layouts[after], member).send_counts
+                total += (sum(counts) - counts[member]) * of_a_token
     return total

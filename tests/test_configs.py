@@ -9,7 +9,9 @@ import pytest
 from pipelines.bundled import bundled_configs, find_config
 from pipelines.explain import Explanation, explain_config
 from pipelines.hunyuan_video import HunyuanVideo
+from pipelines.models.skip_sparse import block_sparsity
 from pipelines.open_sora_plan_family import OpenSoraPlan
+from pipelines.skip_sparse_layout import sent_values
 from videopipe.config import Config, ConfigError, load_config
 
 CONFIGS = bundled_configs()
@@ -161,13 +163,17 @@ def test_open_sora_plan_matches_the_cards_and_fits_their_memory(name: str) -> No
     explained = explain_config(config)
     facts = OpenSoraPlan.published.facts
     assert (explained.clip.evaluations_per_step, explained.clip.video_tokens) == (2, 21_120)
+    assert explained.clip.halved == (config.world_size > 1)
     weights = max(sum(rank.weight_bytes.values()) for rank in explained.ranks)
     itemsize = 2
     for rank in explained.ranks:
-        assert (rank.text_tokens, rank.heads * len(explained.ranks)) == (0, facts.num_heads)
-        others = explained.clip.video_tokens - rank.video_tokens
-        q_k_v = 3 * rank.video_tokens * (facts.num_heads - rank.heads)
-        assert rank.exchange_bytes_per_layer == (q_k_v + others * rank.heads) * facts.head_dim * itemsize
+        members = len(explained.ranks) // (2 if explained.clip.halved else 1)
+        assert (rank.text_tokens, rank.heads * members) == (0, facts.num_heads)
+        patterns = [block_sparsity(i, True, 4) for i in range(32)]
+        sizes = {"ranks": members, "member": rank.rank % members, "heads": 24, "head_dim": 96, "out_values": 32}
+        evaluations = 1 if explained.clip.halved else 2
+        assert rank.exchange_bytes_per_step == evaluations * itemsize * sent_values(patterns, 21_120, **sizes)
+        assert rank.exchange_bytes_per_layer == rank.exchange_bytes_per_step // evaluations // 32
     kept_fp32 = 24 * 4096 * 10240 * itemsize  # `wo` of mT5's 24 MLPs
     step = step_cost(explained.clip.video_tokens, sparse_n=4)  # of one rank alone, its weights included
     decode = SPARE * 2_000_000_000  # chunks of 4 latent frames

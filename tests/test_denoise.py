@@ -42,7 +42,7 @@ def test_every_step_predicts_then_advances_with_its_own_timestep() -> None:
         ("predict", 1.0, 40.0),
         ("advance", 1.0, 40.0),
     ]
-    assert float(run.latents) == 60.0
+    assert float(run.latents()) == 60.0
     assert run.next_step == 3
 
 

@@ -190,20 +190,18 @@ def three_ranks(runtime: Runtime, path: str, breakages: list[str]) -> dict[str, 
             )
         elif breakage == "a seed for each rank":
             asked = request(seed=5 + runtime.rank)
-        elif breakage == "a rank keeps its own projection":
-            (gather,) = denoiser.transformer.proj_out._forward_hooks
-            del denoiser.transformer.proj_out._forward_hooks[gather]
-            denoiser.transformer.proj_out.register_forward_hook(lambda module, args, out: out.repeat(1, 3, 1))
+        elif breakage == "a rank puts its tokens in the place of others":
+            denoiser.transformer.proj_out.register_forward_hook(lambda module, args, out: out.roll(15, 1))
         run = denoiser.begin(asked, conditioning, noise)
         for step in range(STEPS):
             run.step(step)
-        found[breakage] = run.latents.numpy()
+        found[breakage] = run.latents().numpy()
     return found
 
 
 def test_what_breaks_the_sharding_is_noticed(checkpoint: Path, parts: OpenSoraPlanParts) -> None:
     ways = ["nothing", "every block is dense", "tokens stand elsewhere", "a seed for each rank"]
-    ways.append("a rank keeps its own projection")
+    ways.append("a rank puts its tokens in the place of others")
     ranks = run_ranks(three_ranks, 3, str(checkpoint), ways)
     reference = one_process(parts)[0]
     for found in ranks:

@@ -226,7 +226,7 @@ class Sharded:
         self._denoiser = denoiser
 
     def observe(self, keep, num_blocks):  # type: ignore[no-untyped-def]
-        return observing(self._denoiser.transformer, None, keep, num_blocks)
+        return observing(self._denoiser.transformer, None, self._denoiser._geometry, keep, num_blocks)
 
 
 PLANTED = {

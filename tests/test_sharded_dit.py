@@ -20,8 +20,10 @@ from dit_group.attention import Layout, SequenceParallel
 from dit_group.call import AttentionCall
 from dit_group.denoise import draw_noise
 from dit_group.plan import Shard, apply_plan
+from dit_group.shards import gather_latents
 from dit_group.ulysses import Ulysses
 from pipelines.checkpoint import Checkpoint
+from pipelines.hunyuan_video import latent_geometry
 from pipelines.hunyuan_video_parts import (
     PLAN,
     HunyuanVideoDenoiser,
@@ -106,7 +108,7 @@ def by_us(denoiser: HunyuanVideoDenoiser, case: Case, **changes: Any) -> Tensor:
     run = denoiser.begin(request, conditioning_of(case), noise)
     for step in range(run.num_steps):
         run.step(step)
-    return run.latents
+    return run.latents()
 
 
 def make_denoiser(path: str, runtime: Runtime, **settings: Any) -> HunyuanVideoDenoiser:
@@ -276,7 +278,7 @@ def hook_and_unhook(runtime: Runtime, path: str) -> None:
         handles = apply_plan(transformer, PLAN, parallel)
         for block in blocks:
             block.attn.set_processor(JointAttentionProcessor(parallel))
-        sharded = transformer(**inputs)[0]
+        sharded = gather_latents(transformer(**inputs)[0], parallel.layout, latent_geometry(Checkpoint(path)))
         for handle in handles:
             handle.remove()
         for block in blocks:

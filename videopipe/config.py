@@ -79,6 +79,9 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `balance`: `heads` gives whole heads to ranks; `rows` divides those left over by query rows, so that 24 heads load
     5 or 7 ranks equally.
     `co_processing`: VAE ranks that have nothing to decode take a share of the DiT group's attention (PipeDiT's Aco).
+    `cfg_parallel`: requests with guidance are evaluated by two halves of the DiT group, one branch each, with sequence
+    parallelism of their own; once in a step two ranks exchange the predictions of their tokens. Other requests are
+    rendered by the whole group.
     `overlap_mlp`: with several DiT ranks, the MLP of single-stream blocks runs while q, k, v and the output travel.
     """
 
@@ -88,6 +91,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     heads_per_chunk: int | Literal["all"] = "all"
     balance: Literal["heads", "rows"] = "heads"
     co_processing: Literal["on", "off"] = "off"
+    cfg_parallel: Literal["on", "off"] = "off"
     overlap_mlp: bool = True
     text: Literal["auto", "trimmed", "padded"] = "auto"
 
@@ -327,6 +331,18 @@ def _check_attention(config: Config) -> None:
         near = min((d for d in range(1, ranks + 1) if ranks % d == 0), key=lambda d: abs(d - a.ulysses_degree))
         raise ConfigError(
             f"attention.ulysses_degree={a.ulysses_degree} must divide groups.dit_ranks={ranks}, nearest is {near}"
+        )
+    if a.cfg_parallel == "on" and ranks % 2:
+        raise ConfigError(
+            f"groups.dit_ranks={ranks} cannot be halved: attention.cfg_parallel='on' needs an even number, "
+            f"nearest is {max(ranks - 1, 2)}"
+        )
+    half = ranks // 2
+    if a.cfg_parallel == "on" and a.ulysses_degree and half % a.ulysses_degree:
+        near = min((d for d in range(1, half + 1) if half % d == 0), key=lambda d: abs(d - a.ulysses_degree))
+        raise ConfigError(
+            f"attention.ulysses_degree={a.ulysses_degree} must divide the {half} ranks of each half of the DiT group "
+            f"with attention.cfg_parallel='on', nearest is {near}"
         )
     if a.strategy != "ulysses" and config.model.attention_kernel in ("sdpa-math", "sdpa-cudnn"):
         raise ConfigError(

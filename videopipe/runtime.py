@@ -25,12 +25,38 @@ class MeshGroups:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HalfGroups:
+    """One half of the DiT group, as one rank sees it: its ranks, and the groups of the half that this rank is in.
+
+    `group` is None outside of the half and where it has one rank; `assist_groups` join the half with each set of VAE
+    ranks that may be lent to it, `mesh` has its two axes where the attention strategy needs them.
+    """
+
+    ranks: tuple[int, ...]
+    group: dist.ProcessGroup | None = None
+    assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    mesh: MeshGroups | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BranchGroups:
+    """The DiT group in two halves that evaluate one branch of guidance each (CFG parallelism).
+
+    `pair` joins member i of the first half with member i of the second one; None outside of the DiT group.
+    """
+
+    halves: tuple[HalfGroups, HalfGroups]
+    pair: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Runtime:
     """One rank of a run.
 
     `exchange_group` joins the DiT ranks and carries activations on their devices (NCCL, or gloo on CPU); None with
     one DiT rank or on other ranks. `mesh` has its subgroups where the attention strategy needs two axes, and
     `assist_groups` join the DiT ranks with each set of VAE ranks that may be lent to them (attention co-processing).
+    `branches` are its two halves, where they evaluate the two branches of guidance side by side.
     `peers` joins all ranks and carries conditioning and latents in host memory over gloo: they are small, and a
     transfer that waits for its receiver never holds a GPU stream.
     """
@@ -43,6 +69,7 @@ class Runtime:
     peers: dist.ProcessGroup | None = None
     assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     mesh: MeshGroups | None = None
+    branches: BranchGroups | None = None
 
     @property
     def dit_member(self) -> int | None:
@@ -65,6 +92,8 @@ def start_runtime(
     helper_sets: Sequence[tuple[int, ...]] = (),
     timeout_s: float = 1800.0,
     mesh: Mesh | None = None,
+    halved: bool = False,
+    half_mesh: Mesh | None = None,
 ) -> Runtime:
     """Join the process groups of a run. Collective over all ranks; with one rank there is nothing to join.
 
@@ -73,6 +102,8 @@ def start_runtime(
         helper_sets: sets of VAE ranks that may be lent to the DiT group.
         timeout_s: when a collective gives up by itself; the engine's own fault detection is much faster.
         mesh: two axes of the DiT ranks, where the attention strategy needs them.
+        halved: the DiT ranks shall also have groups for the two halves that CFG parallelism needs; their number is
+            even. `half_mesh` has the axes of one half.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -99,6 +130,16 @@ def start_runtime(
     groups = None
     if mesh is not None:
         groups = start_mesh(mesh, rank=rank, dit_ranks=dit_ranks, device=device, timeout_s=timeout_s)
+    branches = None
+    if halved:
+        branches = start_branches(
+            rank=rank,
+            dit_ranks=dit_ranks,
+            device=device,
+            helper_sets=helper_sets,
+            timeout_s=timeout_s,
+            half_mesh=half_mesh,
+        )
     return Runtime(
         rank=rank,
         world_size=world_size,
@@ -108,6 +149,7 @@ def start_runtime(
         peers=peers,
         assist_groups=assist_groups,
         mesh=groups,
+        branches=branches,
     )
 
 
@@ -135,6 +177,45 @@ def start_mesh(
     if rank not in dit_ranks:
         return None
     return MeshGroups(mesh=mesh, ulysses=joined[0], ring=joined[1])
+
+
+def start_branches(
+    *,
+    rank: int,
+    dit_ranks: tuple[int, ...],
+    device: torch.device,
+    helper_sets: Sequence[tuple[int, ...]] = (),
+    timeout_s: float = 1800.0,
+    half_mesh: Mesh | None = None,
+) -> BranchGroups:
+    """Join the groups of the two halves of the DiT ranks. Collective over all ranks, those outside included.
+
+    Args:
+        dit_ranks: an even number of them; member i of the first half is paired with member i of the second one.
+        helper_sets: sets of VAE ranks that may be lent to both halves.
+        half_mesh: two axes of one half, where the attention strategy needs them.
+    """
+    assert len(dit_ranks) % 2 == 0, dit_ranks
+    half = len(dit_ranks) // 2
+
+    def join(ranks: Sequence[int]) -> dist.ProcessGroup | None:  # by every rank, in the same order
+        group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_s), backend=_backend(device))
+        if rank not in ranks:
+            return None
+        dist.all_reduce(torch.zeros(1, device=device), group=group)  # builds the connections now
+        return group
+
+    halves = []
+    for ranks in (dit_ranks[:half], dit_ranks[half:]):
+        mesh = None
+        if half_mesh is not None:
+            mesh = start_mesh(half_mesh, rank=rank, dit_ranks=ranks, device=device, timeout_s=timeout_s)
+        group = join(ranks) if half > 1 else None
+        assist = {helpers: join((*ranks, *helpers)) for helpers in helper_sets}
+        own = {helpers: joined for helpers, joined in assist.items() if joined is not None}
+        halves.append(HalfGroups(ranks=ranks, group=group, assist_groups=own, mesh=mesh))
+    pairs = [join((dit_ranks[i], dit_ranks[half + i])) for i in range(half)]
+    return BranchGroups(halves=(halves[0], halves[1]), pair=next((pair for pair in pairs if pair is not None), None))
 
 
 def _backend(device: torch.device) -> str:
