@@ -484,3 +484,21 @@ def test_explain_counts_both_ways(ranks: int) -> None:
         "one branch on DiT rank" in on.render_text() and "attention.cfg_parallel='on' would send" in off.render_text()
     )
     assert load_config(file).attention.cfg_parallel == "on", "fewer bytes, the same work: so the file says"
+
+
+def test_help_goes_on_and_off_for_both_halves(tiny_checkpoint: Path, launcher: LocalLauncher) -> None:
+    batch = [
+        msgspec.structs.replace(BOAT if i % 3 else FOX, id=f"clip{i}", seed=i, num_inference_steps=4) for i in range(6)
+    ]
+    clips, spans = [], []
+    for settings in ((), ("attention.cfg_parallel=on", "attention.co_processing=on")):
+        overrides = ["runtime.threads_per_rank=1", "output.format=npy", *settings]
+        with HunyuanVideoPipeline.from_pretrained(
+            tiny_checkpoint, overrides=overrides, dit_ranks=2, vae_ranks=1, launcher=launcher
+        ) as pipe:
+            clips.append({result.request_id: result.frames.astype(int) for result in pipe.render(batch)})
+            spans = pipe.trace.spans
+    helped = sum(span.stage == "assist" for span in spans)
+    assert 0 < helped < sum(span.stage == "denoise" and span.rank == 0 for span in spans)
+    for name, frames_without in clips[0].items():
+        assert abs(clips[1][name] - frames_without).max() <= 1, "a value at the edge of two bytes may fall either way"
