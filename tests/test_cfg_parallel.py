@@ -129,7 +129,7 @@ def render_both(runtime: Runtime, path: str, expected: Arrays) -> dict[str, floa
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4, 6])
+@pytest.mark.parametrize("world_size", [2, 6])
 def test_branches_on_halves_equal_diffusers_in_one_process(
     tiny_checkpoint: Path, expected: Arrays, world_size: int
 ) -> None:
@@ -177,7 +177,7 @@ def render_osp(runtime: Runtime, path: str, expected: Arrays) -> dict[str, float
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 6, 8])
+@pytest.mark.parametrize("world_size", [6, 8])
 def test_rows_on_halves_equal_one_process(osp_checkpoint: Path, osp_expected: Arrays, world_size: int) -> None:
     for found in run_ranks(render_osp, world_size, str(osp_checkpoint), osp_expected, timeout=120):
         assert len(found) == 4
