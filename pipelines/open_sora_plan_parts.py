@@ -31,6 +31,7 @@ from pipelines.models.open_sora_plan_loading import (
 )
 from pipelines.models.wf_vae import DEFAULT_DECODE_CHUNK
 from pipelines.open_sora_plan import (
+    FiniteCheck,
     PromptEmbeds,
     decode_frames,
     decode_pixels,
@@ -137,13 +138,16 @@ class OpenSoraPlanDenoiser:
                 v = torch.cat(exchange_branches(v.to(self.transformer.dtype), layout(()), self._geometry)).float()
             return guide(v, request.guidance_scale)
 
+        check = FiniteCheck()
+
         def advance(v: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
+            check.note(v, timestep)
             return denoise_step(scheduler, latents, v, timestep, generator)
 
         start = noise * scheduler.init_noise_sigma.to(noise.device)
 
         def gather(latents: Tensor) -> Tensor:
-            return latents if parallel is None else gather_latents(latents, layout(()), self._geometry)
+            return check.finish(latents if parallel is None else gather_latents(latents, layout(()), self._geometry))
 
         return Denoising(predict_v, advance, start, scheduler.timesteps, gather)
 
