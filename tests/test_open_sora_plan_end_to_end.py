@@ -285,3 +285,16 @@ def test_a_converted_checkpoint_gives_the_same_clip_and_can_be_explained(
         explained = explain_config(load_config(msgspec.to_builtins(pipe.config), ["request.num_frames=17"]))
         loaded = pipe.engine.weight_bytes
     assert {rank.rank: rank.weight_bytes for rank in explained.ranks} == loaded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_of_an_official_checkpoint_are_explained_as_they_are_loaded(
+    checkpoint: Path, launcher: LocalLauncher, dtype: str
+) -> None:
+    """Pickles whose headers nobody reads; mT5 without its decoder, and in fp16 with a part in fp32."""
+    with start(checkpoint, launcher, 1, 1, f"model.text_encoder_dtype={dtype}") as pipe:
+        explained = explain_config(load_config(msgspec.to_builtins(pipe.config)))
+        loaded = pipe.engine.weight_bytes
+    assert {rank.rank: rank.weight_bytes for rank in explained.ranks} == loaded
+    assert min(size for weights in loaded.values() for size in weights.values()) > 0
+    assert explained.weights_from == f"the config files of {checkpoint}"

@@ -122,7 +122,7 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is kept off the devices.
 
-    `precompute_modulation`: the adaLN layers, 3.46 of HunyuanVideo's 12.8 billion parameters, stay in host memory;
+    `precompute_modulation`: the adaLN layers, 3.42 of HunyuanVideo's 12.8 billion parameters, stay in host memory;
     their results for all steps are computed when a request begins. The same output.
     """
 
