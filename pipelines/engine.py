@@ -34,7 +34,7 @@ from videopipe import messages as wire
 from videopipe import scheduler as plan
 from videopipe.config import Config
 from videopipe.control import ControlServer
-from videopipe.handover import claim
+from videopipe.handover import ArrivingClip, write_rows
 from videopipe.queue import BoundedQueue
 from videopipe.records import SideCar, StageTime, VideoRequest
 from videopipe.trace import Span, Trace
@@ -81,10 +81,19 @@ class Closable(Protocol):
         """Free it."""
 
 
+FramesListener = Callable[[str, int, NDArray[Any]], None]
+"""`listener(request, first_frame, frames)`: frames [t, H, W, 3] of a clip, each frame once and in the order of time.
+
+Called from the engine's thread, so it must return at once. The array is read-only and not copied: it is the memory that
+the ranks write, and lasts while somebody holds it.
+"""
+
+
 class Batch:
     """The results of one submission, in the order in which they finish."""
 
-    def __init__(self, engine: "Engine", jobs: list[Job]) -> None:
+    def __init__(self, engine: "Engine", jobs: list[Job], on_frames: FramesListener | None = None) -> None:
+        self.on_frames = on_frames
         self._engine = engine
         self._results: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
         self._left = {job.request.id for job in jobs}
@@ -137,6 +146,7 @@ class _Record:
         self.text_masks: tuple[bytes, ...] = ()
         self.conditioning_transfer = 0
         self.cancelled = False
+        self.clip: ArrivingClip | None = None  # from the hand-over on
         self.seconds: defaultdict[tuple[str, int], float] = defaultdict(float)  # by stage and rank
 
 
@@ -212,16 +222,19 @@ class Engine:
         if self._failure is not None:
             raise self._failure
 
-    def submit(self, jobs: Iterable[Job]) -> Batch:
+    def submit(self, jobs: Iterable[Job], on_frames: FramesListener | None = None) -> Batch:
         """Queue requests; iterate over the answer for the results.
 
+        Args:
+            on_frames: is given the frames of every clip as they are decoded, before the clip itself; of requests whose
+                result is latents there are none.
         Raises:
             RankError: the run has failed before.
             RuntimeError: the engine is closed.
         """
         todo = list(jobs)
         self._check(todo)
-        batch = Batch(self, todo)
+        batch = Batch(self, todo, on_frames)
         if self._failure is not None:
             raise self._failure
         if self._closed:
@@ -450,9 +463,11 @@ class Engine:
                 self._records[message.request].denoised = now
                 self._on(plan.Denoised(request=message.request))
             case wire.LatentsArrived():
-                self._on(plan.LatentsReceived(request=message.request, sequence=message.sequence))
+                self._on(plan.LatentsReceived(request=message.request, rank=rank, sequence=message.sequence))
+            case wire.FramesReady():
+                self._add_frames(message, payload)
             case wire.ResultReady():
-                self._deliver(rank, message, payload, now)
+                self._end_decode(rank, message.request, now)
         self._forget_cancelled()
 
     def _note_spans(self, spans: tuple[Span, ...]) -> None:
@@ -490,23 +505,30 @@ class Engine:
         if not self._to_load and not self._loading:
             self._ready.set()
 
-    def _deliver(self, rank: int, message: wire.ResultReady, payload: bytes | None, now: float) -> None:
-        record = self._records.pop(message.request)
-        if record.cancelled:
-            if message.path is not None:
-                Path(message.path).unlink()
-            self._on(plan.Decoded(request=message.request, rank=rank))
+    def _add_frames(self, message: wire.FramesReady, payload: bytes | None) -> None:
+        record = self._records[message.request]
+        clip, job = record.clip, record.job
+        assert clip is not None, message
+        if payload is not None:  # from a rank of another host
+            rows = np.frombuffer(payload, clip.dtype).reshape(message.count, message.rows, *clip.shape[2:])
+            write_rows(clip.path, rows, message.first_frame, message.first_row, clip.shape[1])
+        whole = clip.arrived(message.first_frame, message.count, message.rows)
+        if whole and record.batch.on_frames is not None and job.result != "latents" and not record.cancelled:
+            record.batch.on_frames(message.request, whole.start, clip.look_at(whole))
+
+    def _end_decode(self, rank: int, request: str, now: float) -> None:
+        """A rank has ended its share of a decode; with the last one of its team the clip is finished."""
+        self._on(plan.Decoded(request=request, rank=rank))
+        if self._scheduler.is_decoding(request):
             return
-        array: NDArray[Any]
-        if message.path is not None:
-            array = claim(Path(message.path), message.shape, message.dtype)
-        else:
-            assert payload is not None, message
-            array = np.frombuffer(payload, dtype=message.dtype).reshape(message.shape).copy()
+        record = self._records.pop(request)
+        assert record.clip is not None, request
+        if record.cancelled:
+            record.clip.discard()
+            return
         side_car = self._side_car(record, now)
-        self._note("stage", message.request, "done")
-        self._on(plan.Decoded(request=message.request, rank=rank))
-        record.batch.put(Finished(job=record.job, array=array, side_car=side_car))
+        self._note("stage", request, "done")
+        record.batch.put(Finished(job=record.job, array=record.clip.claim(), side_car=side_car))
 
     def _side_car(self, record: _Record, now: float) -> SideCar:
         request = record.job.request
@@ -585,19 +607,26 @@ class Engine:
 
     def _hand_over(self, command: plan.HandOver, record: _Record) -> None:
         record.queue_wait_s = time.monotonic() - record.denoised
+        request, result = record.job.request, record.job.result
+        spec = request.spec
+        latent_shape = self.facts.geometry.latent_shape(spec)
+        path = self._run_directory / f"{request.id}-{command.sequence}.frames"
+        shape = latent_shape if result == "latents" else (spec.num_frames, spec.height, spec.width, 3)
+        record.clip = ArrivingClip(path, shape, "float32" if result == "latents" else result)
         transfer = self._next_transfer()
-        send = wire.SendLatents(request=command.request, to=command.rank, transfer=transfer)
+        send = wire.SendLatents(request=request.id, to=command.ranks, transfer=transfer)
         self._server.send(command.leader, send)
-        decode = wire.DecodeLatents(
-            request=record.job.request,
-            source=command.leader,
-            shape=self.facts.geometry.latent_shape(record.job.request.spec),
-            sequence=command.sequence,
-            transfer=transfer,
-            result=record.job.result,
-            by_wire=self._hosts[command.rank] != socket.gethostname(),
-        )
-        self._server.send(command.rank, decode)
+        for rank in command.ranks:
+            decode = wire.DecodeLatents(
+                request=request,
+                source=command.leader,
+                shape=latent_shape,
+                sequence=command.sequence,
+                transfer=transfer,
+                result=result,
+                path=str(path) if self._hosts[rank] == socket.gethostname() else None,
+            )
+            self._server.send(rank, decode)
         self._note("stage", command.request, "decode")
 
     @property
@@ -645,7 +674,7 @@ def make_topology(config: Config) -> plan.Topology:
     dit = tuple(range(config.groups.dit_ranks))
     vae = tuple(range(len(dit), config.world_size))
     encoder = dit[0] if config.groups.text_encoder == "dit" else vae[0]
-    return plan.Topology(dit_ranks=dit, vae_ranks=vae, encoder_rank=encoder)
+    return plan.Topology(dit_ranks=dit, vae_ranks=vae, encoder_rank=encoder, teams=config.decode_teams)
 
 
 def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
@@ -656,6 +685,9 @@ def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
         "dit_ranks": list(topology.dit_ranks),
         "vae_ranks": list(topology.vae_ranks),
         "decode_ranks": list(topology.decode_ranks),
+        "decode_teams": [list(team) for team in topology.decode_teams],
+        "decode": config.decode.mode,
+        "decode_exact": config.decode.exact,
         "text_encoder_rank": topology.encoder_rank,
         "strategy": config.attention.strategy if len(topology.dit_ranks) > 1 else "none",
         "heads_per_chunk": config.attention.heads_per_chunk,

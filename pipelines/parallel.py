@@ -1,6 +1,7 @@
 """What every family's parts need to take their place among the ranks."""
 
 from dit_group.attention import SequenceParallel
+from vae_group.team import Team
 from videopipe.config import Config
 from videopipe.runtime import Runtime
 
@@ -20,3 +21,9 @@ def sequence_parallel(config: Config, runtime: Runtime, num_heads: int) -> Seque
         assist_groups=runtime.assist_groups,
         mesh=runtime.mesh,
     )
+
+
+def decode_team(runtime: Runtime) -> Team:
+    """This rank's place among the ranks that decode a clip together."""
+    members = runtime.decode_team
+    return Team(group=runtime.decode_group, member=members.index(runtime.rank), members=len(members))

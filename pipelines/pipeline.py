@@ -22,7 +22,7 @@ from torch import Tensor
 from dit_group.attention import MERGING
 from dit_group.kernels import check_kernel
 from pipelines.checkpoint import Checkpoint
-from pipelines.engine import Batch, Engine, Finished, Job, Progress
+from pipelines.engine import Batch, Engine, Finished, FramesListener, Job, Progress
 from pipelines.families import ModelFacts, load_family
 from pipelines.launch import LocalLauncher, RankSpec
 from videopipe.config import Config, ConfigError, check_config, load_config
@@ -145,7 +145,11 @@ class VideoPipeline:
     # -- rendering
 
     def render(
-        self, requests: Iterable[VideoRequest | str], *, record_to: str | Path | None = None
+        self,
+        requests: Iterable[VideoRequest | str],
+        *,
+        record_to: str | Path | None = None,
+        on_frames: FramesListener | None = None,
     ) -> Iterator[RenderResult]:
         """Render many requests; yields each clip as it finishes, which need not be in the order of the requests.
 
@@ -156,6 +160,9 @@ class VideoPipeline:
         Args:
             record_to: a directory for `<id>.steps/`, the tensors of every denoising step as `videopipe compare` reads
                 them, with `output.record_blocks` blocks. Earlier recordings of the same ids are replaced.
+            on_frames: called as (request id, first frame, frames [t, H, W, 3]) for the frames of every clip as they
+                are decoded, before the clip is yielded, see `pipelines.engine.FramesListener`; with `decode.mode`
+                "stream" or "tiles" the first come while others are being decoded.
         Raises:
             ValueError: a request that this model cannot render, an id twice, or a configuration that records without
                 a directory to record to; before anything is rendered.
@@ -171,7 +178,7 @@ class VideoPipeline:
             )
             for request in self._checked(requests)
         ]
-        batch = self._engine.submit(jobs)
+        batch = self._engine.submit(jobs, on_frames)
         results = self._results(batch)
         weakref.finalize(results, batch.abandon).atexit = False  # a generator that never began runs no `finally`
         return results

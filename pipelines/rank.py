@@ -8,7 +8,6 @@ import threading
 import time
 import traceback
 from collections import deque
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from dit_group.worker import DitWorker
 from pipelines.checkpoint import Checkpoint
 from pipelines.families import Assistant, TextEncoder, load_family
+from pipelines.faults import TRANSFERS
 from pipelines.launch import RankSpec
 from vae_group.worker import VaeWorker
 from videopipe.control import ControlClient
@@ -132,6 +132,7 @@ def _join(spec: RankSpec, device: torch.device) -> Runtime:
         helper_sets=spec.config.helper_sets,
         timeout_s=2 * spec.config.faults.hang_timeout_s + 60,
         mesh=mesh,
+        decode_teams=spec.config.decode_teams,
     )
 
 
@@ -274,7 +275,7 @@ class _Rank:
             sizes["denoiser"] = _weight_bytes(denoiser)
         if message.decoder:
             decoder = family.load_decoder(checkpoint, config, self._runtime)
-            self._vae = VaeWorker(self._link, decoder, self._recorder, Path(self._spec.run_directory), self.report)
+            self._vae = VaeWorker(self._runtime, self._link, decoder, self._recorder, self.report)
             sizes["decoder"] = _weight_bytes(decoder)
         if config.helper_sets and not message.denoiser:
             self._assistant = family.load_assistant(checkpoint, config, self._runtime)
@@ -340,15 +341,16 @@ class _HeartbeatThread(threading.Thread):
         self.join()
 
 
-_WAITING_IN = ("videopipe/exchange.py", "videopipe/runtime.py")
 _OURS = ("videopipe/", "dit_group/", "vae_group/", "pipelines/")
 
 
 def _locate(frame: FrameType | None) -> tuple[bool, str]:
     """Whether a stack is inside a transfer between ranks, and its innermost line of our own code."""
+    waiting = False
     while frame is not None:
         name = "/".join(frame.f_code.co_filename.split(os.sep)[-2:])
         if name.startswith(_OURS):
-            return name.startswith(_WAITING_IN), f"{name}:{frame.f_lineno}"
+            return waiting or name.startswith(TRANSFERS), f"{name}:{frame.f_lineno}"
+        waiting = waiting or name.startswith(TRANSFERS)
         frame = frame.f_back
     return False, "outside videopipe"

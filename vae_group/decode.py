@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def to_frames(video: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Frames of one clip as a viewer wants them.
+    """Frames of one clip, or of a part of it, as a viewer wants them.
 
     Args:
         video: [1, 3, T, H, W] in -1..1, as a VAE decodes it; any floating dtype.

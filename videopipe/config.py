@@ -106,12 +106,18 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How latents become frames. `clip`: one rank decodes a whole clip.
+    """How latents become frames.
 
+    `mode`: with `clip` each decoding rank decodes a whole clip, so several clips are decoded side by side; with
+    `tiles` all decoding ranks share one clip; with `stream` each rank decodes a clip of its own, and its frames leave
+    in the order of time while the rest is being decoded.
+    `exact`: the untiled result, whatever the ranks and the chunks; without it that of the model's reference
+    implementation, which for HunyuanVideo is tiled in time.
     `tiling` decodes in spatial tiles as diffusers' `enable_tiling` does; the time tiles are the model's own default.
     """
 
-    mode: Literal["clip"] = "clip"
+    mode: Literal["clip", "tiles", "stream"] = "clip"
+    exact: bool = False
     tiling: bool = False
 
 
@@ -214,6 +220,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return helper_sets(range(self.groups.dit_ranks, self.world_size))
 
     @property
+    def decode_teams(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks that decode a clip together, team by team."""
+        first = self.groups.dit_ranks if self.groups.vae_ranks else 0
+        ranks = tuple(range(first, self.world_size))
+        return (ranks,) if self.decode.mode == "tiles" else tuple((rank,) for rank in ranks)
+
+    @property
     def text_trimmed(self) -> bool:
         """Whether padded text tokens are dropped before the DiT."""
         if self.attention.text == "auto":
@@ -281,6 +294,8 @@ def check_config(config: Config) -> None:
     if config.attention.heads_per_chunk != "all":
         _at_least("attention.heads_per_chunk", config.attention.heads_per_chunk, 1)
     _check_attention(config)
+    if config.decode.exact and config.decode.tiling:
+        raise ConfigError("decode.tiling=true blends tiles, which decode.exact=true is without, nearest is false")
     _at_least("output.record_blocks", config.output.record_blocks, 0)
     _at_least("queue.capacity", q.capacity, 1)
     _at_least("queue.capacity_bytes", q.capacity_bytes, 1)

@@ -77,18 +77,19 @@ class AbandonRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class SendLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Send finished latents to a decoding rank; keep them until they are released."""
+    """Send finished latents to each member of a team; keep them until they are released."""
 
     request: str
-    to: int
+    to: tuple[int, ...]
     transfer: int
 
 
 class DecodeLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Receive latents of `shape` (float32) from `source`, acknowledge, decode.
+    """Receive latents of `shape` (float32) from `source`, acknowledge, decode with the other members of the team.
 
     `result`: uint8 frames, float32 frames in 0..1 for callers that asked for them, or the latents themselves.
-    `by_wire`: send the result as a payload, since the engine runs on another host.
+    `path`: the file for the result, see `videopipe.handover`; None to send it as payloads, since the engine runs on
+    another host.
     """
 
     request: VideoRequest
@@ -97,7 +98,7 @@ class DecodeLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sequence: int
     transfer: int
     result: Literal["uint8", "float32", "latents"] = "uint8"
-    by_wire: bool = False
+    path: str | None = None
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -181,13 +182,23 @@ class LatentsArrived(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sequence: int
 
 
-class ResultReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A decode has ended. `path` is a raw file of `dtype` and `shape` in host memory, None where a payload follows."""
+class FramesReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rows `first_row` on, `rows` of them, of `count` frames from `first_frame` on are in the result's file.
+
+    With a payload they are in there, in the result's dtype, for the engine to write.
+    """
 
     request: str
-    path: str | None
-    shape: tuple[int, ...]
-    dtype: str
+    first_frame: int
+    count: int
+    first_row: int
+    rows: int
+
+
+class ResultReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """This rank has ended its share of a decode, its last kernel included; all its rows have been told before."""
+
+    request: str
 
 
 class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -225,6 +236,7 @@ FromRank = (
     | LatentsReady
     | StateFreed
     | LatentsArrived
+    | FramesReady
     | ResultReady
     | RankFailed
     | Heartbeat

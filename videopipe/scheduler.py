@@ -289,6 +289,10 @@ class Scheduler:
         """The request that `rank` decodes, None once its own share of it has ended."""
         return self._decoding.get(rank)
 
+    def is_decoding(self, request: str) -> bool:
+        """Whether any rank is at the decode of a request."""
+        return request in self._decoding.values()
+
     def knows(self, request: str) -> bool:
         """Whether a request is under way, or finished and not taken away."""
         return request in self._requests
@@ -343,8 +347,8 @@ class Scheduler:
             case Decoded():
                 assert self._decoding.get(event.rank) == event.request, (event, self._decoding)
                 del self._decoding[event.rank]
-                if event.request in self._decoding.values():
-                    pass  # others of its team are still at it
+                if self.is_decoding(event.request):
+                    pass  # others of its team are
                 elif event.request in self._cancelled:
                     self._forget(event.request)
                 else:
