@@ -36,6 +36,7 @@ from dit_group.record import Keep, observing
 from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import has_second_branch, latent_geometry
+from pipelines.hunyuan_video_tiles import hunyuan_tiled
 from pipelines.parallel import decode_team, sequence_parallel
 from vae_group.decode import to_frames
 from vae_group.team import Part, PartDecoder, Team
@@ -459,11 +460,11 @@ class HunyuanVideoDecoder:
 
 
 def part_decoder(vae: AutoencoderKLHunyuanVideo, decode: DecodeConfig) -> PartDecoder:
-    """What decodes a clip in the configured way."""
+    """What decodes a clip in the configured way; without `exact` with the numbers of `vae.decode` in every mode."""
 
     def whole_clip(latents: Tensor, team: Team) -> Iterator[Part]:
         assert team.members == 1, team
         yield Part(video=vae.decode(latents, return_dict=False)[0])
 
-    assert decode.mode == "clip" and not decode.exact, decode
-    return whole_clip
+    assert not decode.exact, decode
+    return whole_clip if decode.mode == "clip" else hunyuan_tiled(vae)

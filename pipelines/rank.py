@@ -22,6 +22,7 @@ from pipelines.checkpoint import Checkpoint
 from pipelines.families import Assistant, TextEncoder, load_family
 from pipelines.faults import TRANSFERS
 from pipelines.launch import RankSpec
+from vae_group.retry import TeamOutOfMemoryError
 from vae_group.worker import VaeWorker
 from videopipe.control import ControlClient
 from videopipe.messages import (
@@ -101,7 +102,7 @@ def run_rank(spec: RankSpec) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out: on the device, in Python, or in torch's CPU allocator."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError, TeamOutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
