@@ -36,6 +36,7 @@ from dit_group.record import Keep, observing
 from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import has_second_branch, latent_geometry
+from pipelines.hunyuan_video_exact import hunyuan_exact
 from pipelines.hunyuan_video_tiles import hunyuan_tiled
 from pipelines.parallel import decode_team, sequence_parallel
 from vae_group.decode import to_frames
@@ -466,5 +467,6 @@ def part_decoder(vae: AutoencoderKLHunyuanVideo, decode: DecodeConfig) -> PartDe
         assert team.members == 1, team
         yield Part(video=vae.decode(latents, return_dict=False)[0])
 
-    assert not decode.exact, decode
+    if decode.exact:
+        return hunyuan_exact(vae)
     return whole_clip if decode.mode == "clip" else hunyuan_tiled(vae)

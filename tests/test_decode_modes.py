@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import AutoencoderKLHunyuanVideo
 from numpy.typing import NDArray
 
 from pipelines import HunyuanVideoPipeline
@@ -119,6 +121,28 @@ def test_a_clip_that_is_cancelled_while_it_is_decoded_leaves_nothing(pipeline: H
     while not pipeline.engine._scheduler.idle and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not list(pipeline.engine._run_directory.glob("*.frames"))
+
+
+@pytest.mark.parametrize(("mode", "dit", "vae"), [("clip", 1, 1), ("stream", 1, 1), ("tiles", 1, 2), ("tiles", 2, 0)])
+def test_exact_frames_are_those_of_the_untiled_decode(
+    tiny_checkpoint: Path, launcher: LocalLauncher, mode: str, dit: int, vae: int
+) -> None:
+    arguments = {"height": 64, "width": 48, "num_frames": 33, "num_inference_steps": 1, "seed": 3}
+    with start(tiny_checkpoint, launcher, mode, dit, vae, overrides=["decode.exact=true"]) as pipe:
+        latents = pipe("a fox", **arguments, output_type="latent").frames
+        ours = torch.as_tensor(pipe("a fox", **arguments, output_type="pt").frames[0])
+    reference = AutoencoderKLHunyuanVideo.from_pretrained(tiny_checkpoint, subfolder="vae").eval()
+    tiled, untiled = (decode(reference, latents, in_time) for in_time in (True, False))
+    assert (ours - untiled).abs().max() < 1e-5
+    assert (ours - tiled).abs().max() > 1e-3  # the twin: the seams of tiles in time
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKLHunyuanVideo, latents: torch.Tensor, in_time: bool) -> torch.Tensor:
+    """diffusers' frames [T, 3, H, W] in 0..1."""
+    vae.use_framewise_decoding = in_time
+    video = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+    return (video[0] * 0.5 + 0.5).clamp(0, 1).transpose(0, 1)
 
 
 class Order:
