@@ -1,6 +1,10 @@
 """What the members of a team give of one clip: their rows reach their place, by file or by wire, and are told."""
 
+import sys
+import threading
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipelines.parallel import decode_team
+from pipelines.rank import _locate
 from tests.ranks import RanksError, leave, run_ranks
 from vae_group.decode import to_frames
+from vae_group.retry import together
 from vae_group.team import Part, Team
 from vae_group.worker import VaeWorker
 from videopipe.geometry import VideoSpec
@@ -182,6 +188,25 @@ def test_latents_come_from_the_first_member_alone(tmp_path: Path, by_wire: tuple
     assert [type(message) for message, _ in reports[2]] == [LatentsArrived, ResultReady]
     assert assemble(clip, reports) == [range(1)]
     assert np.array_equal(clip.claim(), latents().numpy())
+
+
+def wait_for_a_slow_member(runtime: Runtime) -> tuple[bool, str]:
+    """What the heartbeat would tell of this rank while it waits for another one of its team, or makes it wait."""
+    found = []
+    main = threading.main_thread().ident
+    assert main is not None
+    watch = threading.Timer(0.5, lambda: found.append(_locate(sys._current_frames()[main])))
+    watch.start()
+    together(decode_team(runtime), runtime.device, partial(time.sleep, 1.5 * (1 - runtime.rank)))
+    watch.join()
+    leave(runtime)
+    return found[0]
+
+
+def test_a_member_that_waits_is_not_taken_for_the_one_that_hangs() -> None:
+    slow, waiting = run_ranks(wait_for_a_slow_member, 2, decode_teams=((0, 1),))
+    assert (slow[0], waiting[0]) == (False, True)
+    assert slow[1].startswith("vae_group/retry.py") and waiting[1].startswith("vae_group/retry.py")
 
 
 def test_a_member_that_is_skipped_leaves_the_others_waiting(tmp_path: Path) -> None:

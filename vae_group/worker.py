@@ -67,8 +67,10 @@ class VaeWorker:
                 if part is None:
                     synchronize(self._runtime.device)  # the others of the team may still wait for this one's data
                     return
+                first_frame, first_row = part.first_frame, part.first_row
                 frames = self._decoder.to_frames(part.video, dtype).to("cpu").numpy()
-            self._publish(message, frames, part.first_frame, part.first_row, request.spec.height)
+                del part  # its video need not be there while the next part is decoded
+            self._publish(message, frames, first_frame, first_row, request.spec.height)
 
     def _publish(
         self, message: DecodeLatents, frames: NDArray[Any], first_frame: int, first_row: int, height: int
