@@ -39,7 +39,17 @@ def claim(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]
 
     The array is writable, and private to this process.
     """
+    array = attach(path, shape, dtype)
+    path.unlink()
+    return array
+
+
+def attach(path: Path, shape: tuple[int, ...], dtype: str) -> NDArray[np.generic]:
+    """Map what `publish` wrote; it stays until somebody unlinks it. The array is writable, private to this process.
+
+    Raises:
+        ValueError: the file has another size.
+    """
     with path.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    path.unlink()
     return np.frombuffer(mapped, dtype=np.dtype(dtype)).reshape(shape)

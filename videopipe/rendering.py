@@ -8,9 +8,9 @@ import msgspec
 from numpy.typing import NDArray
 
 from videopipe import media
+from videopipe.clip_file import write_frames
 from videopipe.config import OutputConfig
-from videopipe.records import OutputFormat, SideCar, StageTime
-from videopipe.trace import ENGINE_RANK
+from videopipe.records import OutputFormat, SideCar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,13 +62,13 @@ class RenderResult(msgspec.Struct, frozen=True, kw_only=True):
                 raise ValueError("format='latent' needs latents but this result holds frames, nearest is 'mp4'")
             tensor: Tensor = self.latents
             path = media.write_latents(tensor, stem, {"request_id": self.request_id, "prompt": side_car.request.prompt})
-            hashes: dict[str, Any] = {"latents_sha256": media.latents_hash(tensor)}
+            sha256 = media.latents_hash(tensor)
         else:
             if self.frames is None:
                 raise ValueError(f"format={form!r} needs frames but this result holds latents, nearest is 'latent'")
             frames: NDArray[Any] = self.frames
             out = self.output
-            path = media.write_frames(
+            path = write_frames(
                 frames,
                 stem,
                 form,
@@ -77,9 +77,6 @@ class RenderResult(msgspec.Struct, frozen=True, kw_only=True):
                 crf=out.crf,
                 pixel_format=out.pixel_format,
             )
-            hashes = {"frames_sha256": media.frames_hash(frames)}
-        write = StageTime(stage="write", rank=ENGINE_RANK, seconds=round(time.monotonic() - begin, 6))
-        stages = (*side_car.stages, write)
-        complete = msgspec.structs.replace(side_car, output=path.name, format=form, stages=stages, **hashes)
-        media.write_side_car(complete, stem.with_name(stem.name + ".json"))
+            sha256 = media.frames_hash(frames)
+        media.finish_side_car(side_car, path, stem, form, time.monotonic() - begin, sha256)
         return path
