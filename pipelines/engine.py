@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import faults
+from pipelines.batch import Batch, Finished, Job
+from pipelines.delivery import Deliveries, Delivery
 from pipelines.families import ModelFacts
 from pipelines.launch import Launcher
 from videopipe import messages as wire
@@ -41,24 +43,6 @@ from videopipe.trace import Span, Trace
 
 TICK_MS = 100
 MAX_TRACE_SPANS = 400_000
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A request with what the caller gave besides: noise, conditioning, and the kind of result wanted."""
-
-    request: VideoRequest
-    result: Literal["uint8", "float32", "latents"] = "uint8"
-    noise: Any = None  # Tensor [1, C, T', H', W'] float32
-    conditioning: Any = None  # dict of Tensor by name
-    record_to: Path | None = None  # the folder <id>.steps of its recorded steps
-
-
-class Finished(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished clip in host memory: frames [T, H, W, 3] uint8 or float32, or latents [1, C, T', H', W'] float32."""
-
-    job: Job
-    array: Any
-    side_car: SideCar
 
 
 class Progress(Protocol):
@@ -79,49 +63,6 @@ class Closable(Protocol):
 
     def close(self) -> None:
         """Free it."""
-
-
-class Batch:
-    """The results of one submission, in the order in which they finish."""
-
-    def __init__(self, engine: "Engine", jobs: list[Job]) -> None:
-        self._engine = engine
-        self._results: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
-        self._left = {job.request.id for job in jobs}
-
-    def put(self, result: Finished | BaseException) -> None:
-        """Called by the engine's thread."""
-        self._results.put(result)
-
-    def __iter__(self) -> Iterator[Finished]:
-        """Clips as they finish. A clip counts as taken away when the next one is asked for.
-
-        Raises:
-            RankError: a rank was lost; clips that were finished before have been given out already.
-        """
-        try:
-            while self._left:
-                result = self._results.get()
-                if isinstance(result, BaseException):
-                    self._left.clear()
-                    raise result
-                self._left.discard(result.job.request.id)
-                if not self._left:  # nobody may ask for the next one
-                    self._engine.tell("delivered", result.job.request.id)
-                    yield result
-                    return
-                try:
-                    yield result
-                finally:
-                    self._engine.tell("delivered", result.job.request.id)
-        finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Nobody asks for the rest any more: cancel it."""
-        left, self._left = self._left, set()
-        for request in left:
-            self._engine.tell("cancel", request)
 
 
 class _Record:
@@ -171,6 +112,9 @@ class Engine:
         self._run_directory = run_directory
         self._progress = progress
         self._records: dict[str, _Record] = {}
+        self._deliveries = Deliveries(
+            config, run_directory, send=server.send, delivered=self._on_disk, note_spans=self._note_spans
+        )
         self._hosts: dict[int, str] = {}
         self._clock_offset_ns: dict[int, int] = {}
         self._peaks: dict[int, int] = {}
@@ -221,7 +165,7 @@ class Engine:
         """
         todo = list(jobs)
         self._check(todo)
-        batch = Batch(self, todo)
+        batch = Batch(self.tell, todo)
         if self._failure is not None:
             raise self._failure
         if self._closed:
@@ -277,6 +221,11 @@ class Engine:
         return self._launcher.pids()
 
     @property
+    def writer_pids(self) -> list[int]:
+        """Process ids of the writers."""
+        return self._deliveries.pids
+
+    @property
     def weight_bytes(self) -> dict[int, dict[str, int]]:
         """Bytes of weights by rank and part."""
         return self._weights
@@ -298,6 +247,7 @@ class Engine:
             self._launcher.end()
             self._launcher.close()
             self._server.close()
+            self._deliveries.close()
             for resource in self._kept:
                 resource.close()
             shutil.rmtree(self._run_directory, ignore_errors=True)
@@ -323,6 +273,7 @@ class Engine:
         poller.register(self._server.socket, zmq.POLLIN)
         poller.register(self._launcher.fileno(), zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
+        poller.register(self._deliveries.fileno(), zmq.POLLIN)
         next_check = 0.0
         while True:
             poller.poll(TICK_MS)
@@ -337,6 +288,7 @@ class Engine:
                     return
                 self._hear(what, argument)
             now = time.monotonic()
+            self._deliveries.look(now)
             for news in self._launcher.ended():
                 self._faults.ended(news, self.doing(news.rank), now)
             if now < next_check:
@@ -361,11 +313,15 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         self._failure = error
         self._launcher.end()  # at once: what still runs may be stuck in a transfer with the lost rank
-        self._end_batches(error)
+        try:
+            self._deliveries.outlive_ranks(wanted=lambda: not self._closed)
+        finally:
+            self._end_batches(error)
 
     def _end_batches(self, error: Exception) -> None:
         """Whoever waits for a result gets the clips that are finished, then the error."""
         batches = {id(record.batch): record.batch for record in self._records.values()}
+        batches |= {id(batch): batch for batch in self._deliveries.batches}
         while not self._inbox.empty():
             what, argument = self._inbox.get()
             if what == "submit":
@@ -381,6 +337,8 @@ class Engine:
                 if known:
                     batch.put(ValueError(f"id={known[0]!r} is already under way, give each request its own id"))
                     return
+                if any(job.is_written for job in jobs):
+                    self._deliveries.prepare()
                 for job in jobs:
                     self._records[job.request.id] = _Record(job, batch, time.monotonic())
                     self._on(
@@ -393,13 +351,16 @@ class Engine:
             case "delivered":
                 self._on(plan.Delivered(request=argument))
             case "cancel":
-                record = self._records.get(argument)
-                if record is None:  # finished, and nobody took it
-                    self._on(plan.Delivered(request=argument))
-                    return
-                record.cancelled = True
-                self._on(plan.Cancelled(request=argument))
-                self._forget_cancelled()
+                job, batch = argument
+                record = self._records.get(job.request.id)
+                if record is not None and record.batch is batch:
+                    record.cancelled = True
+                    self._on(plan.Cancelled(request=job.request.id))
+                    self._forget_cancelled()
+                elif job.is_written:
+                    self._deliveries.cancel(job.request.id, batch)
+                else:  # finished, and nobody took it
+                    self._on(plan.Delivered(request=job.request.id))
 
     def _forget_cancelled(self) -> None:
         """Drop the records of cancelled requests that no rank will report about any more."""
@@ -453,6 +414,9 @@ class Engine:
                 self._on(plan.LatentsReceived(request=message.request, sequence=message.sequence))
             case wire.ResultReady():
                 self._deliver(rank, message, payload, now)
+            case wire.LatentsReturned():
+                assert payload is not None, message
+                self._deliveries.returned(message, payload)
         self._forget_cancelled()
 
     def _note_spans(self, spans: tuple[Span, ...]) -> None:
@@ -495,6 +459,15 @@ class Engine:
         if record.cancelled:
             if message.path is not None:
                 Path(message.path).unlink()
+            if record.job.is_written:
+                self._server.send(rank, wire.EndDelivery(request=message.request))
+            self._on(plan.Decoded(request=message.request, rank=rank))
+            return
+        side_car = self._side_car(record, now)
+        if record.job.is_written:
+            self._note("stage", message.request, "write")
+            delivery = Delivery(job=record.job, batch=record.batch, rank=rank, side_car=side_car)
+            self._deliveries.begin(delivery, message, payload)
             self._on(plan.Decoded(request=message.request, rank=rank))
             return
         array: NDArray[Any]
@@ -503,10 +476,14 @@ class Engine:
         else:
             assert payload is not None, message
             array = np.frombuffer(payload, dtype=message.dtype).reshape(message.shape).copy()
-        side_car = self._side_car(record, now)
         self._note("stage", message.request, "done")
         self._on(plan.Decoded(request=message.request, rank=rank))
         record.batch.put(Finished(job=record.job, array=array, side_car=side_car))
+
+    def _on_disk(self, request: str) -> None:
+        """A clip that writers had needs no room any more."""
+        self._note("stage", request, "done")
+        self._on(plan.Delivered(request=request))
 
     def _side_car(self, record: _Record, now: float) -> SideCar:
         request = record.job.request
@@ -595,6 +572,7 @@ class Engine:
             sequence=command.sequence,
             transfer=transfer,
             result=record.job.result,
+            keep_latents=record.job.is_written,
             by_wire=self._hosts[command.rank] != socket.gethostname(),
         )
         self._server.send(command.rank, decode)

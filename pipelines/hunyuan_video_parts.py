@@ -37,7 +37,7 @@ from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import has_second_branch, latent_geometry
 from pipelines.parallel import sequence_parallel
-from vae_group.decode import to_frames
+from vae_group.decode import to_frames, to_host
 from videopipe.config import Config
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
@@ -449,4 +449,4 @@ class HunyuanVideoDecoder:
         """Latents [1, C, T', H', W'] -> frames [T, H, W, 3] on the host, uint8 or float32 in 0..1."""
         scaled = latents.to(self._device).to(self.vae.dtype) / self.vae.config.scaling_factor
         video = self.vae.decode(scaled, return_dict=False)[0]  # [1, 3, T, H, W] in -1..1
-        return to_frames(video, dtype).to("cpu")
+        return to_host(to_frames(video, dtype))

@@ -50,6 +50,7 @@ from pipelines.open_sora_plan import (
     trim_text,
 )
 from pipelines.parallel import sequence_parallel
+from vae_group.decode import to_host
 from videopipe.config import Config
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
@@ -245,5 +246,5 @@ class OpenSoraPlanDecoder:
     def decode(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
         """Latents [1, C, T', H', W'] -> frames [T, H, W, 3] on the host, uint8 (cut off) or float32 in 0..1."""
         frames = decode_frames if dtype == torch.uint8 else decode_pixels
-        pieces = [piece.cpu() for piece in frames(self.vae, latents.to(self._device), self._chunk)]
+        pieces = [to_host(piece) for piece in frames(self.vae, latents.to(self._device), self._chunk)]
         return torch.cat(pieces).contiguous()

@@ -30,6 +30,7 @@ from videopipe.messages import (
     BeginDenoise,
     DecodeLatents,
     EncodePrompt,
+    EndDelivery,
     Envelope,
     FinishDenoise,
     FromRank,
@@ -248,6 +249,9 @@ class _Rank:
             case DecodeLatents():
                 assert self._vae is not None, "this rank has no VAE"
                 self._vae.decode(message)
+            case EndDelivery():
+                assert self._vae is not None, "this rank has no VAE"
+                self._vae.end_delivery(message)
             case Release(what="latents"):
                 self._dit_worker.release(message.request)
             case Release():

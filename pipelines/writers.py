@@ -298,12 +298,13 @@ class WriterPool:
         code = dead.process.wait()
         self._remove_parts(dead)
         dead.end()
+        clips = [(number, clip) for number, clip in self._clips.items() if clip.writer is dead]
+        if clips:
+            clips[0][1].attempts += 1  # the one that it was most probably at
         lost: list[News] = []
-        for number, clip in list(self._clips.items()):
-            if clip.writer is not dead:
-                continue
+        for number, clip in clips:
             gone = any(chunk.freed for chunk in clip.chunks)
-            if gone or clip.attempts == ATTEMPTS:
+            if gone or clip.attempts > ATTEMPTS:
                 why = (
                     "its first frames are no longer in memory" if gone else f"{ATTEMPTS} times while it wrote this clip"
                 )
@@ -318,7 +319,6 @@ class WriterPool:
         if len(self._writers) < self._size:
             self._new_writer()
         clip.writer = self._least_busy()
-        clip.attempts += 1
         for chunk in clip.chunks:
             chunk.written = False
         close = [] if clip.close is None else [clip.close]

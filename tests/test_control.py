@@ -24,6 +24,7 @@ from videopipe.messages import (
     BeginDenoise,
     DecodeLatents,
     EncodePrompt,
+    EndDelivery,
     Envelope,
     FinishDenoise,
     FromRank,
@@ -31,6 +32,7 @@ from videopipe.messages import (
     Hello,
     LatentsArrived,
     LatentsReady,
+    LatentsReturned,
     LoadParts,
     PartsLoaded,
     PrepareAssist,
@@ -70,6 +72,7 @@ TO_RANK: list[ToRank] = [
     SendLatents(request="fox", to=3, transfer=8),
     DecodeLatents(request=REQUEST, source=0, shape=(1, 16, 3, 8, 12), sequence=5, transfer=8, result="latents"),
     Release(request="fox", what="conditioning"),
+    EndDelivery(request="fox", return_latents=True),
     StopRank(),
 ]
 FROM_RANK: list[FromRank] = [
@@ -81,6 +84,7 @@ FROM_RANK: list[FromRank] = [
     StateFreed(request="fox"),
     LatentsArrived(request="fox", sequence=5),
     ResultReady(request="fox", path=None, shape=(9, 64, 96, 3), dtype="uint8"),
+    LatentsReturned(request="fox", shape=(1, 16, 3, 8, 12)),
     RankFailed(
         kind="OutOfMemoryError",
         message="2 GiB",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from videopipe.handover import publish
-from videopipe.messages import DecodeLatents, FromRank, LatentsArrived, ResultReady
+from videopipe.messages import DecodeLatents, EndDelivery, FromRank, LatentsArrived, LatentsReturned, ResultReady
 from videopipe.runtime import PeerLink
 from videopipe.trace import SpanRecorder
 
@@ -36,6 +36,7 @@ class VaeWorker:
         self._recorder = recorder
         self._run_directory = run_directory
         self._report = report
+        self._kept: dict[str, Tensor] = {}  # by request: latents of clips that are being written
 
     def decode(self, message: DecodeLatents) -> None:
         """One clip, from the latents' arrival to the frames in shared memory."""
@@ -43,6 +44,8 @@ class VaeWorker:
         with self._recorder.span("receive", request=request):
             latents = self._link.receive(message.shape, torch.float32, message.source, message.transfer)
         self._report(LatentsArrived(request=request, sequence=message.sequence), None)
+        if message.keep_latents:
+            self._kept[request] = latents
         if message.result == "latents":
             result = latents
         else:
@@ -58,3 +61,11 @@ class VaeWorker:
             request=request, path=None if path is None else str(path), shape=tuple(array.shape), dtype=str(array.dtype)
         )
         self._report(ready, array.data.cast("B") if message.by_wire else None)
+
+    def end_delivery(self, message: EndDelivery) -> None:
+        """Forget the latents of a clip, or give them back since it cannot be written."""
+        latents = self._kept.pop(message.request)
+        if message.return_latents:
+            array = latents.numpy()
+            returned = LatentsReturned(request=message.request, shape=tuple(array.shape))
+            self._report(returned, array.data.cast("B"))

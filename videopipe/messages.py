@@ -88,7 +88,8 @@ class DecodeLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Receive latents of `shape` (float32) from `source`, acknowledge, decode.
 
     `result`: uint8 frames, float32 frames in 0..1 for callers that asked for them, or the latents themselves.
-    `by_wire`: send the result as a payload, since the engine runs on another host.
+    `by_wire`: send the result as a payload, since the engine runs on another host. `keep_latents`: in host memory,
+    until `EndDelivery`.
     """
 
     request: VideoRequest
@@ -98,6 +99,7 @@ class DecodeLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     transfer: int
     result: Literal["uint8", "float32", "latents"] = "uint8"
     by_wire: bool = False
+    keep_latents: bool = False
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -105,6 +107,13 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request: str
     what: Literal["latents", "conditioning"]
+
+
+class EndDelivery(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget the latents that were kept while the clip was written; `return_latents`: it could not be, send them."""
+
+    request: str
+    return_latents: bool = False
 
 
 class StopRank(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -123,6 +132,7 @@ ToRank = (
     | SendLatents
     | DecodeLatents
     | Release
+    | EndDelivery
     | StopRank
 )
 
@@ -190,6 +200,13 @@ class ResultReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     dtype: str
 
 
+class LatentsReturned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer to `EndDelivery`: a payload holds the latents, float32 of `shape`."""
+
+    request: str
+    shape: tuple[int, ...]
+
+
 class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A rank cannot go on. `kind` is the exception's class; `out_of_memory` tells the usual one apart."""
 
@@ -226,6 +243,7 @@ FromRank = (
     | StateFreed
     | LatentsArrived
     | ResultReady
+    | LatentsReturned
     | RankFailed
     | Heartbeat
 )

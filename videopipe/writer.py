@@ -1,11 +1,9 @@
-"""The process that writes clips: takes chunks of frames through shared memory, encodes them, gives files their names.
+"""The process that writes clips: takes chunks of frames through shared memory, encodes them, names the finished file.
 
-`python -m videopipe.writer` reads one JSON object a line from standard input (`ToWriter`) and answers on standard output
-(`FromWriter`). It obeys in order; several clips may be open at once. When standard input closes, which happens however
-the other side dies, it drops what is unfinished, within the time of one frame, and ends.
-
-Nothing is taken back: a clip that cannot be written is reported once, with its cause, and what still comes for it is
-ignored; other clips go on.
+`python -m videopipe.writer` reads one JSON object a line from standard input (`ToWriter`) and answers on standard
+output (`FromWriter`). It obeys in order; several clips may be open at once. A clip that cannot be written is reported
+once, with its cause, and what still comes for it is ignored; other clips go on. When standard input closes, which
+happens however the other side dies, it drops what is unfinished, within the time of one frame, and ends.
 """
 
 import contextlib
