@@ -31,6 +31,7 @@ from videopipe.messages import (
     BeginDenoise,
     DecodeLatents,
     EncodePrompt,
+    EndDelivery,
     Envelope,
     FinishDenoise,
     FromRank,
@@ -250,6 +251,9 @@ class _Rank:
             case DecodeLatents():
                 assert self._vae is not None, "this rank has no VAE"
                 self._vae.decode(message)
+            case EndDelivery():
+                assert self._vae is not None, "this rank has no VAE"
+                self._vae.end_delivery(message)
             case Release(what="latents"):
                 self._dit_worker.release(message.request)
             case Release():

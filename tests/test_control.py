@@ -26,6 +26,7 @@ from videopipe.messages import (
     BeginDenoise,
     DecodeLatents,
     EncodePrompt,
+    EndDelivery,
     Envelope,
     FinishDenoise,
     FramesReady,
@@ -34,6 +35,7 @@ from videopipe.messages import (
     Hello,
     LatentsArrived,
     LatentsReady,
+    LatentsReturned,
     LoadParts,
     PartsLoaded,
     PrepareAssist,
@@ -73,6 +75,7 @@ TO_RANK: list[ToRank] = [
     SendLatents(request="fox", to=(3, 4), transfer=8),
     DecodeLatents(request=REQUEST, source=0, shape=(1, 16, 3, 8, 12), sequence=5, transfer=8, result="latents"),
     Release(request="fox", what="conditioning"),
+    EndDelivery(request="fox", return_latents=True),
     StopRank(),
 ]
 FROM_RANK: list[FromRank] = [
@@ -85,6 +88,7 @@ FROM_RANK: list[FromRank] = [
     LatentsArrived(request="fox", sequence=5),
     FramesReady(request="fox", first_frame=8, count=1, first_row=32, rows=32),
     ResultReady(request="fox"),
+    LatentsReturned(request="fox", shape=(1, 16, 3, 8, 12)),
     RankFailed(
         kind="OutOfMemoryError",
         message="2 GiB",

@@ -8,9 +8,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vae_group.decode import to_host
 from vae_group.team import Part
 from videopipe.handover import write_rows
-from videopipe.messages import DecodeLatents, FramesReady, FromRank, LatentsArrived, ResultReady
+from videopipe.messages import (
+    DecodeLatents,
+    EndDelivery,
+    FramesReady,
+    FromRank,
+    LatentsArrived,
+    LatentsReturned,
+    ResultReady,
+)
 from videopipe.runtime import PeerLink, Runtime, synchronize
 from videopipe.trace import SpanRecorder
 
@@ -44,6 +53,7 @@ class VaeWorker:
         self._decoder = decoder
         self._recorder = recorder
         self._report = report
+        self._kept: dict[str, Tensor] = {}  # by request: latents of clips that are being written
 
     def decode(self, message: DecodeLatents) -> None:
         """One clip, from the latents' arrival to this member's rows of the frames in shared memory."""
@@ -51,6 +61,8 @@ class VaeWorker:
         with self._recorder.span("receive", request=request):
             latents = self._link.receive(message.shape, torch.float32, message.source, message.transfer)
         self._report(LatentsArrived(request=request, sequence=message.sequence), None)
+        if message.keep_latents:
+            self._kept[request] = latents
         if message.result == "latents":
             if self._runtime.rank == self._runtime.decode_team[0]:
                 self._publish(message, latents.numpy(), 0, 0, latents.shape[1])
@@ -68,7 +80,7 @@ class VaeWorker:
                     synchronize(self._runtime.device)  # the others of the team may still wait for this one's data
                     return
                 first_frame, first_row = part.first_frame, part.first_row
-                frames = self._decoder.to_frames(part.video, dtype).to("cpu").numpy()
+                frames = to_host(self._decoder.to_frames(part.video, dtype)).numpy()
                 del part  # its video need not be there while the next part is decoded
             self._publish(message, frames, first_frame, first_row, request.spec.height)
 
@@ -90,3 +102,11 @@ class VaeWorker:
             rows=frames.shape[1],
         )
         self._report(ready, None if message.path is not None else frames.data.cast("B"))
+
+    def end_delivery(self, message: EndDelivery) -> None:
+        """Forget the latents of a clip, or give them back since it cannot be written."""
+        latents = self._kept.pop(message.request)
+        if message.return_latents:
+            array = latents.numpy()
+            returned = LatentsReturned(request=message.request, shape=tuple(array.shape))
+            self._report(returned, array.data.cast("B"))

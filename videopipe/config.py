@@ -136,6 +136,8 @@ class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     `record_latents`: also `<id>.steps/`, with the prediction and the latents of every denoising step; `record_blocks`:
     in these also the outputs of so many of the DiT's blocks, evenly chosen from the first one on.
+    `writers`: processes that encode and write clips. `rescue_directory`: for the latents of a clip that cannot be
+    written, where they cannot be kept beside it either; the system's temporary directory where None.
     """
 
     format: OutputFormat = "mp4"
@@ -145,6 +147,8 @@ class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     fps: float = 24.0
     record_latents: bool = False
     record_blocks: int = 0
+    writers: int = 1
+    rescue_directory: str | None = None
 
     @property
     def records_steps(self) -> bool:
@@ -297,6 +301,7 @@ def check_config(config: Config) -> None:
     if config.decode.exact and config.decode.tiling:
         raise ConfigError("decode.tiling=true blends tiles, which decode.exact=true is without, nearest is false")
     _at_least("output.record_blocks", config.output.record_blocks, 0)
+    _at_least("output.writers", config.output.writers, 1)
     _at_least("queue.capacity", q.capacity, 1)
     _at_least("queue.capacity_bytes", q.capacity_bytes, 1)
     _at_least("queue.max_undelivered", q.max_undelivered, 1)

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,11 +98,23 @@ class ArrivingClip:
         The array is writable, and private to this process.
         """
         assert self.complete, (self.path, self._frames_there, self.shape)
-        with self.path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        array = attach(self.path, self.shape, self.dtype)
         self.path.unlink()
-        return np.frombuffer(mapped, dtype=self.dtype).reshape(self.shape)
+        return array
 
     def discard(self) -> None:
         """Nobody wants it any more."""
         self.path.unlink()
+
+
+def attach(path: Path, shape: tuple[int, ...], dtype: str | np.dtype[Any]) -> NDArray[np.generic]:
+    """Map the raw bytes of an array; they stay until somebody unlinks the file.
+
+    The array is writable, and private to this process.
+
+    Raises:
+        ValueError: the file has another size.
+    """
+    with path.open("rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    return np.frombuffer(mapped, dtype=np.dtype(dtype)).reshape(shape)

@@ -89,7 +89,7 @@ class DecodeLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     `result`: uint8 frames, float32 frames in 0..1 for callers that asked for them, or the latents themselves.
     `path`: the file for the result, see `videopipe.handover`; None to send it as payloads, since the engine runs on
-    another host.
+    another host. `keep_latents`: in host memory, until `EndDelivery`.
     """
 
     request: VideoRequest
@@ -99,6 +99,7 @@ class DecodeLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     transfer: int
     result: Literal["uint8", "float32", "latents"] = "uint8"
     path: str | None = None
+    keep_latents: bool = False
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -106,6 +107,13 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request: str
     what: Literal["latents", "conditioning"]
+
+
+class EndDelivery(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget the latents that were kept while the clip was written; `return_latents`: it could not be, send them."""
+
+    request: str
+    return_latents: bool = False
 
 
 class StopRank(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -124,6 +132,7 @@ ToRank = (
     | SendLatents
     | DecodeLatents
     | Release
+    | EndDelivery
     | StopRank
 )
 
@@ -201,6 +210,13 @@ class ResultReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request: str
 
 
+class LatentsReturned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer to `EndDelivery`: a payload holds the latents, float32 of `shape`."""
+
+    request: str
+    shape: tuple[int, ...]
+
+
 class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A rank cannot go on. `kind` is the exception's class; `out_of_memory` tells the usual one apart."""
 
@@ -238,6 +254,7 @@ FromRank = (
     | LatentsArrived
     | FramesReady
     | ResultReady
+    | LatentsReturned
     | RankFailed
     | Heartbeat
 )
