@@ -109,10 +109,25 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How latents become frames. `clip`: one rank decodes a whole clip.
 
     `tiling` decodes in spatial tiles as diffusers' `enable_tiling` does; the time tiles are the model's own default.
+    `tile_*`: height and width in px and frames of a tile, and how much of it the next one overlaps; 0 for the preset's
+    own, and for a quarter of a tile whose size is given. A height or width switches spatial tiles on. For
+    Open-Sora-Plan, whose chunks of time do not change the result, only `tile_frames` has a meaning.
+    `tile_preset`: `default` are the model's own tiles, `official` those of HunyuanVideo's own code (64 frames, of which
+    16 overlap), `largest` the largest that fit the memory. Whatever is asked for, smaller tiles are taken where it does
+    not fit, and the log says so.
+    `memory_limit`: bytes that a decode may take on a device, weights aside; 0 for all that is free.
     """
 
     mode: Literal["clip"] = "clip"
     tiling: bool = False
+    tile_preset: Literal["default", "official", "largest"] = "default"
+    tile_height: int = 0
+    tile_width: int = 0
+    tile_frames: int = 0
+    tile_overlap_height: int = 0
+    tile_overlap_width: int = 0
+    tile_overlap_frames: int = 0
+    memory_limit: int = 0
 
 
 class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -281,6 +296,10 @@ def check_config(config: Config) -> None:
     if config.attention.heads_per_chunk != "all":
         _at_least("attention.heads_per_chunk", config.attention.heads_per_chunk, 1)
     _check_attention(config)
+    for field in ("tile_height", "tile_width", "tile_frames", "tile_overlap_height", "tile_overlap_width"):
+        _at_least(f"decode.{field}", getattr(config.decode, field), 0)
+    _at_least("decode.tile_overlap_frames", config.decode.tile_overlap_frames, 0)
+    _at_least("decode.memory_limit", config.decode.memory_limit, 0)
     _at_least("output.record_blocks", config.output.record_blocks, 0)
     _at_least("queue.capacity", q.capacity, 1)
     _at_least("queue.capacity_bytes", q.capacity_bytes, 1)
