@@ -3,12 +3,12 @@
 import itertools
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo
-from diffusers.models.attention_processor import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae_group.tiled import TiledDecoder
 from vae_group.tiles import TileSettings
@@ -17,7 +17,7 @@ ATTENTION_ROWS = 1024  # a multiple of every kernel's block of queries and keys,
 
 
 def tile_settings(vae: AutoencoderKLHunyuanVideo) -> TileSettings:
-    """What `vae.decode` would do: the VAE's own sizes, spatial tiles after `enable_tiling`, temporal ones by default."""
+    """What `vae.decode` would do: its own sizes, spatial tiles after `enable_tiling`, temporal ones by default."""
     return TileSettings(
         height=vae.tile_sample_min_height,
         width=vae.tile_sample_min_width,
@@ -73,7 +73,7 @@ def decode_tile(vae: AutoencoderKLHunyuanVideo, z: Tensor) -> Tensor:
 # keep it alive until the callee returns.
 
 
-def _resnet(block: nn.Module, held: list[Tensor]) -> None:
+def _resnet(block: Any, held: list[Tensor]) -> None:
     x = held.pop().contiguous()
     inner = [F.silu(block.norm1(x), inplace=True)]
     if block.conv_shortcut is not None:
@@ -84,12 +84,12 @@ def _resnet(block: nn.Module, held: list[Tensor]) -> None:
     held.append(inner.pop().add_(x))
 
 
-def _convolve(conv: nn.Module, held: list[Tensor]) -> None:
+def _convolve(conv: Any, held: list[Tensor]) -> None:
     padded = F.pad(held.pop(), conv.time_causal_padding, mode=conv.pad_mode)
     held.append(conv.conv(padded))
 
 
-def _upsample(layer: nn.Module, held: list[Tensor]) -> None:
+def _upsample(layer: Any, held: list[Tensor]) -> None:
     x = held.pop()
     B, C, T, H, W = x.shape
     up_t, up_h, up_w = (int(factor) for factor in layer.upsample_factor)
@@ -104,7 +104,7 @@ def _upsample(layer: nn.Module, held: list[Tensor]) -> None:
     _convolve(layer.conv, held)
 
 
-def _attend(attention: Attention, held: list[Tensor]) -> None:
+def _attend(attention: Any, held: list[Tensor]) -> None:
     x = held.pop()
     B, C, T, H, W = x.shape
     tokens = x.permute(0, 2, 3, 4, 1).flatten(1, 3)  # [B, C, T, H, W] -> [B, T*H*W, C]

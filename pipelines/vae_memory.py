@@ -92,8 +92,9 @@ def _stream_resnet(c_in: int, c_out: int, t: int, pixels: int) -> int:
 
 def _wf_vae_past(config: Mapping[str, Any], h: int, w: int) -> int:
     """Numbers that the layers remember between chunks: two frames of what each causal convolution reads."""
-    c1, flow, blocks = config["base_channels"], config["decoder_energy_flow_hidden_size"], config["decoder_num_resblocks"]
-    c2, c4, pair = 2 * c1, 4 * c1, config["connect_res_layer_num"]
+    c1, flow = config["base_channels"], config["decoder_energy_flow_hidden_size"]
+    blocks, pair = config["decoder_num_resblocks"], config["connect_res_layer_num"]
+    c2, c4 = 2 * c1, 4 * c1
     small, middle, full = h * w, 4 * h * w, 16 * h * w
     at_small = config["latent_dim"] + 2 * c4 + (c4 + c4 + flow) + 2 * c4 * blocks + 2 * flow * pair
     at_middle = c4 + (c4 + c4 + flow) + (c4 + c2) + 2 * c2 * (blocks - 1) + 2 * flow * pair

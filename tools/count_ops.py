@@ -1,4 +1,4 @@
-"""Counts what tensor code does, operation by operation: bytes alive at the peak, bytes moved, floating-point operations.
+"""Counts what tensor code does, operation by operation: bytes alive at the peak, bytes moved, FLOPs.
 
 Inside `FakeTensorMode` nothing is computed, so that real sizes take a second (`tools/bench_vae.py --cost`); the
 meta device would do as well, but there attention falls apart into products that materialise its scores.
@@ -31,12 +31,12 @@ class OpCounter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
         self.moved = 0
         self._known: set[int] = set()
-        self._flops = FlopCounterMode(
+        self._flops: Any = FlopCounterMode(
             display=False,
             custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops},
         )
@@ -48,11 +48,11 @@ class OpCounter(TorchDispatchMode):
 
     def __enter__(self) -> "OpCounter":
         self._flops.__enter__()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         self._flops.__exit__(*exception)
 
     def __torch_dispatch__(

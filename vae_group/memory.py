@@ -1,4 +1,4 @@
-"""Chooses how large a piece of a clip is decoded at once: the largest whose peak, by formula, fits the memory at hand."""
+"""Chooses how large a piece of a clip is decoded at once: the largest whose peak fits the memory at hand."""
 
 import logging
 import sys

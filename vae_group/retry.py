@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vae_group.team import Part, Team
+from vae_group.team import Part, PartDecoder, Team
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -79,11 +79,28 @@ def with_retry(first: RestartableDecoder, second: RestartableDecoder, what: str)
     return decode
 
 
+def from_the_start(decoder: PartDecoder) -> RestartableDecoder:
+    """A decoder that knows no other beginning, whose lack of memory is found on a team of one only.
+
+    Where a decoder of several members exchanges rows in every layer, they cannot agree in the middle of one.
+    """
+
+    def decode(latents: Tensor, team: Team, first_frame: int = 0) -> Iterator[Part]:
+        parts = decoder(latents, team)
+        if team.members > 1:
+            yield from parts
+            return
+        while (part := together(team, latents.device, lambda: next(parts, None))) is not None:
+            yield part
+            del part
+
+    return decode
+
+
 def _from(parts: Iterator[Part], frame: int) -> Iterator[Part]:
     for part in parts:
         missing = frame - part.first_frame
-        if missing >= part.video.shape[2] > 0:
-            continue
-        yield part if missing <= 0 else Part(
-            video=part.video[:, :, missing:], first_frame=frame, first_row=part.first_row
-        )
+        if missing <= 0:
+            yield part
+        elif missing < part.video.shape[2]:
+            yield Part(video=part.video[:, :, missing:], first_frame=frame, first_row=part.first_row)

@@ -124,9 +124,7 @@ class SlabExchange:
         self._sent_counts = [sum(piece.numel() for piece in pieces) for pieces in outgoing]
         self._sent = torch.cat([piece.reshape(-1) for pieces in outgoing for piece in pieces] or [like.new_empty(0)])
         assert self._sent.dtype == like.dtype, (self._sent.dtype, like.dtype)
-        self._shapes = [
-            {place: shape for place in owned if (shape := self._shape(place))[3]} for owned in self._owned
-        ]
+        self._shapes = [{place: shape for place in owned if (shape := self._shape(place))[3]} for owned in self._owned]
         self._received = like.new_empty(sum(math.prod(shape) for shapes in self._shapes for shape in shapes.values()))
 
     def finish(self, tail: Tensor | None) -> Tensor:

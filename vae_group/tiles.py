@@ -49,7 +49,7 @@ class TileSettings:
             for name, value, least in ((f"tile_{axis}", size, stride), (f"tile_overlap_{axis}", overlap, 0)):
                 if value < least or value % stride:
                     near = max(least, (value + stride // 2) // stride * stride)
-                    raise ValueError(f"{name}={value} must be a multiple of {stride} from {least} on, nearest is {near}")
+                    raise ValueError(f"{name}={value} must be {least} or a multiple of {stride}, nearest is {near}")
             if overlap >= size:
                 raise ValueError(
                     f"tile_overlap_{axis}={overlap} must be smaller than tile_{axis}={size}, nearest is {size - stride}"
@@ -123,7 +123,7 @@ def tile_grid(latent: Sequence[int], settings: TileSettings, stride_t: int, stri
     settings.check(stride_t, stride_s)
     T, H, W = latent
     rows, cols = settings.height // stride_s, settings.width // stride_s
-    tiled = settings.spatial and (H > rows or W > cols)
+    tiled = settings.spatial and (rows < H or cols < W)
     return TileGrid(
         frames=_time_spans(T, settings, stride_t),
         rows=_space_spans(H, rows, settings.overlap_height // stride_s, stride_s) if tiled else _whole(H, stride_s),
@@ -158,9 +158,7 @@ def _time_spans(size: int, settings: TileSettings, scale: int) -> tuple[Span, ..
         first, stop = (begin * scale + 1 if begin else 0), (end - 1) * scale + 1
         blend = min(spans[-1].size, stop - first, overlap * scale) if spans else 0
         kept = min((begin + step) * scale + 1, total)
-        spans.append(
-            Span(begin=begin, end=end, first=first, stop=stop, kept=kept, blend=blend, dropped=int(begin > 0))
-        )
+        spans.append(Span(begin=begin, end=end, first=first, stop=stop, kept=kept, blend=blend, dropped=int(begin > 0)))
     return tuple(spans)
 
 
@@ -214,7 +212,8 @@ def slab_to_restart(grid: TileGrid, first_frame: int) -> int:
 
 def rows_within(span: Span, band: range) -> range:
     """The pixel rows of a tile that lie in a band of the clip, as rows of the clip; empty where it has none."""
-    return range(max(span.first, band.start), max(max(span.first, band.start), min(span.stop, band.stop)))
+    start = max(span.first, band.start)
+    return range(start, max(start, min(span.stop, band.stop)))
 
 
 def crossfade(before: Tensor, after: Tensor, dim: int, begin: int, extent: int) -> None:
@@ -255,8 +254,8 @@ def blend_rows(pieces: dict[tuple[int, int], Tensor], grid: TileGrid, band: rang
             if mixed:
                 above = pieces[r - 1, c]
                 top = mixed.start - rows_within(grid.rows[r - 1], band).start
-                crossfade(above[..., top : top + len(mixed), :], piece[..., : len(mixed), :], 3,
-                          mixed.start - row.first, row.blend)  # fmt: skip
+                above = above[..., top : top + len(mixed), :]
+                crossfade(above, piece[..., : len(mixed), :], 3, mixed.start - row.first, row.blend)
             if col.blend:
                 left = pieces[r, c - 1]
                 crossfade(left[..., -col.blend :], piece[..., : col.blend], 4, 0, col.blend)

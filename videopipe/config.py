@@ -114,11 +114,26 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `exact`: the untiled result, whatever the ranks and the chunks; without it that of the model's reference
     implementation, which for HunyuanVideo is tiled in time.
     `tiling` decodes in spatial tiles as diffusers' `enable_tiling` does; the time tiles are the model's own default.
+    `tile_*`: height and width in px and frames of a tile, and how much of it the next one overlaps; 0 for the preset's
+    own, and for a quarter of a tile whose size is given. A height or width switches spatial tiles on. For
+    Open-Sora-Plan, whose chunks of time do not change the result, only `tile_frames` has a meaning.
+    `tile_preset`: `default` are the model's own tiles, `official` those of HunyuanVideo's own code (64 frames, of which
+    16 overlap), `largest` the largest that fit the memory. Whatever is asked for, smaller tiles are taken where it does
+    not fit, and the log says so.
+    `memory_limit`: bytes that a decode may take on a device, weights aside; 0 for all that is free.
     """
 
     mode: Literal["clip", "tiles", "stream"] = "clip"
     exact: bool = False
     tiling: bool = False
+    tile_preset: Literal["default", "official", "largest"] = "default"
+    tile_height: int = 0
+    tile_width: int = 0
+    tile_frames: int = 0
+    tile_overlap_height: int = 0
+    tile_overlap_width: int = 0
+    tile_overlap_frames: int = 0
+    memory_limit: int = 0
 
 
 class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -298,8 +313,7 @@ def check_config(config: Config) -> None:
     if config.attention.heads_per_chunk != "all":
         _at_least("attention.heads_per_chunk", config.attention.heads_per_chunk, 1)
     _check_attention(config)
-    if config.decode.exact and config.decode.tiling:
-        raise ConfigError("decode.tiling=true blends tiles, which decode.exact=true is without, nearest is false")
+    _check_decode(config.decode)
     _at_least("output.record_blocks", config.output.record_blocks, 0)
     _at_least("output.writers", config.output.writers, 1)
     _at_least("queue.capacity", q.capacity, 1)
@@ -353,6 +367,25 @@ def _check_attention(config: Config) -> None:
             f"model.attention_kernel={config.model.attention_kernel!r} gives no log-sum-exp, which "
             f"attention.strategy={a.strategy!r} needs; nearest is 'sdpa'"
         )
+
+
+def _check_decode(decode: DecodeConfig) -> None:
+    sizes = ("tile_height", "tile_width", "tile_frames", "tile_overlap_height", "tile_overlap_width")
+    for name in (*sizes, "tile_overlap_frames", "memory_limit"):
+        _at_least(f"decode.{name}", getattr(decode, name), 0)
+    if not decode.exact:
+        return
+    if decode.tiling:
+        raise ConfigError("decode.tiling=true blends tiles, which decode.exact=true is without, nearest is false")
+    if decode.tile_preset == "official":
+        raise ConfigError(
+            "decode.tile_preset='official' blends tiles, which decode.exact=true is without, nearest is 'default'"
+        )
+    for name in ("tile_height", "tile_width", "tile_overlap_height", "tile_overlap_width", "tile_overlap_frames"):
+        if getattr(decode, name):
+            raise ConfigError(
+                f"decode.{name}={getattr(decode, name)} means nothing to decode.exact=true, nearest is 0"
+            )
 
 
 def _at_least(path: str, value: float, low: float) -> None:
