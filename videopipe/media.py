@@ -4,6 +4,7 @@ PyAV, torch and safetensors are imported where they are used, so that this modul
 """
 
 import difflib
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
@@ -118,7 +119,7 @@ class VideoWriter:
         # bitexact keeps the random segment id out of Matroska; an mp4 is the same with or without it
         options = {"movflags": "+faststart"} if kind == "mp4" else {"fflags": "+bitexact"}
         self._container = av.open(str(self._part), "w", format=kind, options=options)
-        stream = self._container.add_stream(codec, rate=self._rate, options={"crf": str(crf), **CODECS[codec].options})
+        stream = self._container.add_stream(codec, rate=self._rate, options={"crf": str(crf), **_options(codec)})
         stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
         context = stream.codec_context
         context.thread_count = 1
@@ -195,6 +196,20 @@ class VideoWriter:
             self.close()
         else:
             self.abort()
+
+
+def _options(codec: str) -> dict[str, str]:
+    """What makes an encoder give the same bytes for the same frames every time: x264's code for AVX-512 does not."""
+    options = CODECS[codec].options
+    if codec in ("libx264", "libx264rgb") and _has_avx512():
+        options = {**options, "x264-params": "asm=avx2"}
+    return options
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    cpus = Path("/proc/cpuinfo")
+    return cpus.exists() and "avx512f" in cpus.read_text()
 
 
 def check_video(

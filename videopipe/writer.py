@@ -122,20 +122,31 @@ class _OpenFile:
         self.seconds = 0.0
 
 
+class Unwanted:
+    """Clips that nobody wants any more: noted as soon as that is heard, so that long work stops at the next frame."""
+
+    def __init__(self) -> None:
+        self.everything = False
+        self.clips: set[int] = set()
+
+    def __contains__(self, clip: int) -> bool:
+        return self.everything or clip in self.clips
+
+
 class Service:
     """Obeys the messages for one writer.
 
     Args:
         answer: takes what there is to say.
-        ended: set when nobody listens any more: long work stops at the next frame.
+        unwanted: written by another thread.
         clip_file: makes the file of a clip.
     """
 
     def __init__(
-        self, answer: Callable[[FromWriter], None], ended: threading.Event, clip_file: type[ClipFile] = ClipFile
+        self, answer: Callable[[FromWriter], None], unwanted: Unwanted, clip_file: type[ClipFile] = ClipFile
     ) -> None:
         self._answer = answer
-        self._ended = ended
+        self._unwanted = unwanted
         self._clip_file = clip_file
         self._open: dict[int, _OpenFile] = {}
         self._recorder = SpanRecorder(ENGINE_RANK)
@@ -147,7 +158,9 @@ class Service:
         try:
             if isinstance(message, OpenClip):
                 self._begin(message)
-            elif message.clip in self._open:
+            elif isinstance(message, DropClip):
+                self._drop(message.clip)
+            elif message.clip in self._open and message.clip not in self._unwanted:
                 self._go_on(message, self._open[message.clip])
         except (OSError, ValueError, FFmpegError) as error:
             self._fail(message, error)
@@ -169,22 +182,17 @@ class Service:
         )
         self._open[message.clip] = _OpenFile(message, file)
 
-    def _go_on(self, message: WriteFrames | CloseClip | DropClip, clip: _OpenFile) -> None:
+    def _go_on(self, message: WriteFrames | CloseClip, clip: _OpenFile) -> None:
         begin = time.monotonic()
         with self._recorder.span("write", request=clip.message.request):
-            match message:
-                case WriteFrames():
-                    self._write(message, clip)
-                case CloseClip():
-                    path = clip.file.close()
-                case DropClip():
-                    del self._open[message.clip]
-                    clip.file.abort()
-                    return
+            if isinstance(message, WriteFrames):
+                self._write(message, clip)
+            else:
+                path = clip.file.close()
         clip.seconds += time.monotonic() - begin
         spans = tuple(self._recorder.drain())
         if isinstance(message, WriteFrames):
-            if not self._ended.is_set():
+            if message.clip not in self._unwanted:
                 self._answer(ChunkWritten(clip=message.clip, first_frame=message.first_frame, spans=spans))
             return
         out, stem = clip.message, Path(clip.message.stem)
@@ -197,10 +205,15 @@ class Service:
     def _write(self, message: WriteFrames, clip: _OpenFile) -> None:
         shape = (message.num_frames, *clip.message.shape[1:])
         frames = attach(Path(message.path), shape, "uint8").astype(np.uint8, copy=False)
-        for index in range(message.num_frames):  # one at a time, so that the end of the other side is seen in between
-            if self._ended.is_set():
+        for index in range(message.num_frames):
+            if message.clip in self._unwanted:
                 return
             clip.file.write(message.first_frame + index, frames[index : index + 1])
+
+    def _drop(self, clip: int) -> None:
+        if clip in self._open:
+            self._open.pop(clip).file.abort()
+        self._unwanted.clips.discard(clip)
 
     def _fail(self, message: ToWriter, error: Exception) -> None:
         clip = self._open.pop(message.clip, None)
@@ -236,18 +249,18 @@ def serve(clip_file: type[ClipFile] = ClipFile) -> None:
                 data = data[os.write(answers, data) :]
 
     inbox: queue.SimpleQueue[ToWriter | None] = queue.SimpleQueue()
-    ended = threading.Event()
-    threading.Thread(target=_listen, args=(inbox, ended, answer), daemon=True).start()
+    unwanted = Unwanted()
+    threading.Thread(target=_listen, args=(inbox, unwanted, answer), daemon=True).start()
     import av  # noqa: F401 (while nothing waits for it)
 
-    service = Service(answer, ended, clip_file)
-    while (message := inbox.get()) is not None and not ended.is_set():
+    service = Service(answer, unwanted, clip_file)
+    while (message := inbox.get()) is not None and not unwanted.everything:
         service.obey(message)
     service.abort()
 
 
 def _listen(
-    inbox: "queue.SimpleQueue[ToWriter | None]", ended: threading.Event, answer: Callable[[FromWriter], None]
+    inbox: "queue.SimpleQueue[ToWriter | None]", unwanted: Unwanted, answer: Callable[[FromWriter], None]
 ) -> None:
     """Take messages off standard input until it closes, so that the sender never waits; say that we live."""
     decoder = msgspec.json.Decoder(ToWriter)
@@ -258,12 +271,14 @@ def _listen(
             continue
         data = os.read(0, 1 << 16)
         if not data:
-            ended.set()
+            unwanted.everything = True
             inbox.put(None)
             return
         *lines, buffer = (buffer + data).split(b"\n")
-        for line in lines:
-            inbox.put(decoder.decode(line))
+        for message in map(decoder.decode, lines):
+            if isinstance(message, DropClip):
+                unwanted.clips.add(message.clip)
+            inbox.put(message)
 
 
 if __name__ == "__main__":
