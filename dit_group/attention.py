@@ -13,6 +13,7 @@ from dit_group.kernels import KERNELS, Kernel
 from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses
 from dit_group.usp import Usp
+from videopipe.exchange import gather_tokens
 from videopipe.partition import JointSequence
 from videopipe.runtime import MeshGroups
 
@@ -113,6 +114,11 @@ class SequenceParallel:
         """Who owns which video and text tokens of the current sequence."""
         assert self._current is not None, "no layout in use"
         return self._current.sequence
+
+    def whole(self, tensor: Tensor, stream: int) -> Tensor:
+        """All members' tokens between blocks, [B, S_local, C] to [B, S, C]; stream 0 is the video, 1 the text."""
+        counts = (self.sequence.video_counts, self.sequence.text_counts)[stream]
+        return gather_tokens(tensor, counts, self.group, self.member)
 
     def begin(self, kernel: Kernel | None = None) -> AttentionCall:
         """The attention of one layer, step by step, so that the caller computes while tensors travel.

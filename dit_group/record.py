@@ -11,7 +11,6 @@ from torch.utils.hooks import RemovableHandle
 
 from dit_group.attention import SequenceParallel
 from dit_group.denoise import Denoising
-from videopipe.exchange import gather_tokens
 from videopipe.quality.recorder import block_modules
 from videopipe.quality.trace import recorded_steps, write_step
 
@@ -61,7 +60,7 @@ def observing(model: nn.Module, parallel: SequenceParallel | None, keep: Keep, n
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             streams = output if isinstance(output, tuple) else (output,)
             for index, tensor in enumerate(streams):
-                keep(f"pass.{passes}/{name}/{index}", _whole(tensor, index, parallel))
+                keep(f"pass.{passes}/{name}/{index}", tensor if parallel is None else parallel.whole(tensor, index))
 
         return hook
 
@@ -75,15 +74,6 @@ def observing(model: nn.Module, parallel: SequenceParallel | None, keep: Keep, n
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _whole(tensor: Tensor, index: int, parallel: SequenceParallel | None) -> Tensor:
-    """[B, S_local, C] -> [B, S, C]; a block's first output is the video stream, its second one the text stream."""
-    if parallel is None or parallel.members == 1:
-        return tensor
-    sequence = parallel.sequence
-    counts = (sequence.video_counts, sequence.text_counts)[index]
-    return gather_tokens(tensor, counts, parallel.group, parallel.member)
 
 
 class StepRecording:

@@ -34,12 +34,13 @@ from dit_group.modulation import ModulationTable, PrecomputedModulation
 from dit_group.plan import Gather, Shard, apply_plan
 from dit_group.record import Keep, observing
 from pipelines.checkpoint import Checkpoint, CheckpointError
+from pipelines.decode_memory import hunyuan_within
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import has_second_branch, latent_geometry
 from pipelines.hunyuan_video_exact import hunyuan_exact
-from pipelines.hunyuan_video_tiles import hunyuan_tiled
 from pipelines.parallel import decode_team, sequence_parallel
 from vae_group.decode import to_frames
+from vae_group.memory import bytes_at_hand, bytes_needed
 from vae_group.team import Part, PartDecoder, Team
 from videopipe.config import Config, DecodeConfig
 from videopipe.records import VideoRequest
@@ -463,10 +464,8 @@ class HunyuanVideoDecoder:
 def part_decoder(vae: AutoencoderKLHunyuanVideo, decode: DecodeConfig) -> PartDecoder:
     """What decodes a clip in the configured way; without `exact` with the numbers of `vae.decode` in every mode."""
 
-    def whole_clip(latents: Tensor, team: Team) -> Iterator[Part]:
-        assert team.members == 1, team
-        yield Part(video=vae.decode(latents, return_dict=False)[0])
+    def exactly(latents: Tensor, team: Team) -> Iterator[Part]:
+        room = bytes_at_hand(latents.device, decode.memory_limit, team)
+        return hunyuan_exact(vae, room // bytes_needed(1, latents.device))(latents, team)
 
-    if decode.exact:
-        return hunyuan_exact(vae)
-    return whole_clip if decode.mode == "clip" else hunyuan_tiled(vae)
+    return exactly if decode.exact else hunyuan_within(vae, decode)

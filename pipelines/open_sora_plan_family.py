@@ -154,10 +154,6 @@ class OpenSoraPlan:
                     f"{path}={value!r} does not go with the skip-sparse attention of "
                     f"model.family='open-sora-plan', nearest is {valid!r}"
                 )
-        if config.decode.mode == "tiles":
-            raise ConfigError(
-                "decode.mode='tiles': the WF-VAE of model.family='open-sora-plan' has no tiles, nearest is 'stream'"
-            )
         if config.memory.precompute_modulation:
             raise ConfigError(
                 "memory.precompute_modulation=true: model.family='open-sora-plan' has one small modulation layer for "

@@ -10,24 +10,16 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
 from dit_group.assist import Assistant
-from dit_group.attention import Layout, SequenceParallel
+from dit_group.attention import Layout
 from dit_group.denoise import Denoising
-from dit_group.kernels import Kernel
-from dit_group.plan import Gather, Shard, apply_plan
 from dit_group.record import Keep, observing
 from pipelines.checkpoint import Checkpoint
+from pipelines.decode_memory import wfvae_within
 from pipelines.families import ModelFacts
-from pipelines.models.open_sora_plan import (
-    OpenSoraPlanTransformer3DModel,
-    SkipSparse,
-    TextContext,
-    rotate,
-    skip_sparse_attention,
-)
+from pipelines.models.open_sora_plan import TextContext
 from pipelines.models.open_sora_plan_layout import find_folders
 from pipelines.models.open_sora_plan_loading import (
     empty_transformer,
@@ -36,7 +28,7 @@ from pipelines.models.open_sora_plan_loading import (
     load_transformer,
     load_vae,
 )
-from pipelines.models.wf_vae import DEFAULT_DECODE_CHUNK, WFVAEModel
+from pipelines.models.wf_vae import WFVAEModel
 from pipelines.open_sora_plan import (
     PromptEmbeds,
     denoise_step,
@@ -50,18 +42,13 @@ from pipelines.open_sora_plan import (
     trim_text,
     vae_latents,
 )
-from pipelines.parallel import decode_team, sequence_parallel
+from pipelines.open_sora_plan_attention import GroupParallel, layer_kernels, parallelize
+from pipelines.open_sora_plan_decode import wfvae_exact
+from pipelines.parallel import decode_team, place
 from vae_group.team import Part, PartDecoder, Team
 from videopipe.config import Config, DecodeConfig
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
-
-PLAN = (
-    Shard(module="pos_embed", dim=1, stream="video"),
-    Shard(module="rotary", dim=0, stream="video"),
-    Gather(module="proj_out", dim=1, stream="video"),
-)
-"""Where the video tokens are sharded: after the patch embedding, until the last projection. The text stays whole."""
 
 
 class OpenSoraPlanTextEncoder:
@@ -94,53 +81,6 @@ class OpenSoraPlanTextEncoder:
         return [b""]
 
 
-def skip_sparse_kernel(sparse: SkipSparse) -> Kernel:
-    """The attention kernel of a layer with this pattern, over whole sequences and any heads."""
-
-    def kernel(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-        assert key_mask is None, "video tokens are never masked here"
-        return skip_sparse_attention(q, k, v, sparse=sparse, key_bias=None)
-
-    return kernel
-
-
-class ShardedSelfAttention:
-    """Self-attention of one block over the tokens of all ranks; takes the place of the model's own processor.
-
-    After the exchange a rank holds some heads of the whole sequence, which is all that skip-sparse attention asks for.
-    """
-
-    def __init__(self, parallel: SequenceParallel, sparse: SkipSparse) -> None:
-        self._parallel = parallel
-        self._kernel = skip_sparse_kernel(sparse)
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """This rank's tokens [B, S_local, N*D] in and out; `image_rotary_emb` cos and sin [S_local, D] of them."""
-        assert attention_mask is None and image_rotary_emb is not None
-        call = self._parallel.begin(self._kernel)
-        # v needs no RoPE, so it leaves first and travels under the projections of k and q
-        call.value(attn.to_v(hidden_states).unflatten(2, (attn.heads, -1)))
-        call.key(rotate(attn.to_k(hidden_states).unflatten(2, (attn.heads, -1)), *image_rotary_emb))
-        call.query(rotate(attn.to_q(hidden_states).unflatten(2, (attn.heads, -1)), *image_rotary_emb))
-        call.attend()
-        return attn.to_out[1](attn.to_out[0](call.output().flatten(2)))
-
-
-def parallelize(transformer: OpenSoraPlanTransformer3DModel, parallel: SequenceParallel) -> None:
-    """Shard the DiT over the members of `parallel`: its self-attention and the plan's hooks."""
-    for block in transformer.blocks():
-        block.attn1.set_processor(ShardedSelfAttention(parallel, block.sparse))
-    if parallel.members > 1:
-        apply_plan(transformer, PLAN, parallel)
-
-
 class OpenSoraPlanDenoiser:
     """The DiT of one rank and the arithmetic of one request's steps."""
 
@@ -151,9 +91,12 @@ class OpenSoraPlanDenoiser:
         self._geometry = facts.geometry
         self._device = runtime.device
         self._helpers: tuple[int, ...] = ()
-        self._parallel: SequenceParallel | None = None
+        self._parallel: GroupParallel | None = None
         if len(runtime.dit_ranks) > 1 or config.helper_sets:
-            self._parallel = sequence_parallel(config, runtime, facts.num_heads)
+            kernels = layer_kernels([block.sparse for block in self.transformer.blocks()])
+            self._parallel = GroupParallel(
+                kernels=kernels, device=runtime.device, **place(config, runtime, facts.num_heads)
+            )
             parallelize(self.transformer, self._parallel)
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:
@@ -209,9 +152,10 @@ class OpenSoraPlanAssistant:
         self._geometry = facts.geometry
         # patterns and sizes of the blocks; on the meta device it holds no weights
         skeleton = empty_transformer(find_folders(Path(checkpoint.location)).transformer)
+        kernels = layer_kernels([block.sparse for block in skeleton.blocks()])
         self._assistant = Assistant(
-            sequence_parallel(config, runtime, facts.num_heads),
-            kernels=[skip_sparse_kernel(block.sparse) for block in skeleton.blocks()],
+            GroupParallel(kernels=kernels, device=runtime.device, **place(config, runtime, facts.num_heads)),
+            kernels=kernels,
             head_dim=facts.head_dim,
             dtype=DTYPES[config.model.dtype],
             device=runtime.device,
@@ -256,14 +200,22 @@ class OpenSoraPlanDecoder:
 
 
 def part_decoder(vae: WFVAEModel, decode: DecodeConfig) -> PartDecoder:
-    """What decodes a clip in the configured way."""
-    chunk = DEFAULT_DECODE_CHUNK if decode.tiling or decode.mode == "stream" else None
+    """What decodes a clip in the configured way; the frames are those of the whole clip in every mode.
 
-    def chunks_of_time(latents: Tensor, team: Team) -> Iterator[Part]:
+    Raises:
+        ValueError: several ranks for one clip of a model whose norms look at all of it.
+    """
+    if decode.mode != "clip" and vae.config.norm_type != "layernorm":
+        raise ValueError(
+            f"decode.mode={decode.mode!r} needs a VAE whose norms look at single pixels, but norm_type="
+            f"{vae.config.norm_type!r} has the statistics of the whole clip, nearest is 'clip'"
+        )
+
+    def whole_clip(latents: Tensor, team: Team) -> Iterator[Part]:
         assert team.members == 1, team
-        first_frame = 0
-        for video in vae.decode_stream(latents, chunk):
-            yield Part(video=video, first_frame=first_frame)
-            first_frame += video.shape[2]
+        yield Part(video=torch.cat(list(vae.decode_stream(latents, None)), dim=2))
 
-    return chunks_of_time
+    def in_chunks(chunk: int | None) -> PartDecoder:
+        return whole_clip if chunk is None else wfvae_exact(vae, chunk)
+
+    return wfvae_within(vae, decode, whole=decode.mode == "clip" and not decode.tiling, decoder=in_chunks)

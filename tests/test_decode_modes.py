@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from pipelines import HunyuanVideoPipeline
 from pipelines.faults import RankError
 from pipelines.launch import LocalLauncher
+from vae_group.decode import to_frames
 from videopipe.config import ConfigError, load_config
 from videopipe.geometry import VideoSpec
 from videopipe.records import VideoRequest
 
 SPEC = VideoSpec(height=64, width=48, num_frames=33)  # three tiles of time
 LONG = VideoSpec(height=64, width=48, num_frames=97)  # eight
-LAYOUTS = [("stream", 1, 1), ("tiles", 1, 2), ("tiles", 2, 3), ("tiles", 2, 0)]
+LAYOUTS = [("clip", 1, 1), ("stream", 1, 1), ("tiles", 1, 2), ("tiles", 2, 3), ("tiles", 2, 0)]
 
 
 def request(index: int, steps: int = 2, spec: VideoSpec = SPEC) -> VideoRequest:
@@ -65,11 +66,15 @@ def start(
 
 @pytest.fixture(scope="module")
 def expected(tiny_checkpoint: Path, launcher: LocalLauncher) -> dict[int, dict[str, NDArray[Any]]]:
-    """Frames of whole clips, each decoded by one rank, by number of DiT ranks."""
+    """Frames as diffusers decodes whole clips, by number of DiT ranks."""
+    reference = AutoencoderKLHunyuanVideo.from_pretrained(tiny_checkpoint, subfolder="vae").eval()
     frames = {}
     for dit in (1, 2):
-        with start(tiny_checkpoint, launcher, "clip", dit, 1) as pipe:
-            frames[dit] = {r.request_id: r.frames for r in pipe.render([request(i) for i in range(3)])}
+        with start(tiny_checkpoint, launcher, "clip", dit, 1, overrides=["output.format=latent"]) as pipe:
+            latents = {r.request_id: r.latents for r in pipe.render([request(i) for i in range(3)])}
+        with torch.no_grad():
+            videos = {clip: reference.decode(x / reference.config.scaling_factor).sample for clip, x in latents.items()}
+        frames[dit] = {clip: to_frames(video).numpy() for clip, video in videos.items()}
     return frames
 
 
@@ -161,14 +166,15 @@ class Order:
         self.events.append((request, stage))
 
 
-@pytest.mark.parametrize(("mode", "pieces"), [("stream", 3), ("tiles", 3), ("clip", 1)])
+@pytest.mark.parametrize(("num_frames", "pieces"), [(33, 3), (13, 1)])
 def test_frames_leave_while_the_rest_is_decoded(
-    tiny_checkpoint: Path, launcher: LocalLauncher, mode: str, pieces: int
+    tiny_checkpoint: Path, launcher: LocalLauncher, num_frames: int, pieces: int
 ) -> None:
     order = Order()
     consumer = Recording(lambda clip: order.events.append((clip, "frames")))
-    with start(tiny_checkpoint, launcher, mode, 1, 1, progress=order) as pipe:
-        list(pipe.render([request(0)], on_frames=consumer))
+    spec = VideoSpec(height=64, width=48, num_frames=num_frames)
+    with start(tiny_checkpoint, launcher, "stream", 1, 1, progress=order) as pipe:
+        list(pipe.render([request(0, spec=spec)], on_frames=consumer))
     stages = [stage for _, stage in order.events]
     assert stages == ["encode", "denoise", "decode", *["frames"] * pieces, "done"]
 
@@ -210,6 +216,8 @@ def test_lent_members_still_decode(tiny_checkpoint: Path, launcher: LocalLaunche
         (["decode.mode=tile"], "decode.mode='tile' must be one of 'clip', 'tiles', 'stream'; nearest is 'tiles'"),
         (["decode.exact=1"], "decode.exact=1 must be true or false, nearest is true"),
         (["decode.exact=true", "decode.tiling=true"], "decode.tiling=true blends tiles, which decode.exact=true is"),
+        (["decode.exact=true", "decode.tile_preset=official"], "decode.tile_preset='official' blends tiles, which"),
+        (["decode.exact=true", "decode.tile_width=256"], "decode.tile_width=256 means nothing to decode.exact=true"),
     ],
 )
 def test_what_makes_no_sense_is_refused(overrides: list[str], message: str) -> None:

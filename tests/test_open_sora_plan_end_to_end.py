@@ -15,8 +15,8 @@ from pipelines.checkpoint import Checkpoint, CheckpointError
 from pipelines.engine import describe_plan
 from pipelines.explain import explain_config
 from pipelines.launch import LocalLauncher
-from pipelines.models.open_sora_plan import DENSE
 from pipelines.models.open_sora_plan_layout import find_folders
+from pipelines.models.skip_sparse import DENSE
 from pipelines.open_sora_plan import (
     OpenSoraPlanParts,
     decode_pixels,
@@ -27,8 +27,9 @@ from pipelines.open_sora_plan import (
     render_frames,
     text_context,
 )
+from pipelines.open_sora_plan_attention import LayerKernel
 from pipelines.open_sora_plan_family import OpenSoraPlan
-from pipelines.open_sora_plan_parts import OpenSoraPlanDenoiser, skip_sparse_kernel
+from pipelines.open_sora_plan_parts import OpenSoraPlanDenoiser
 from tests.ranks import run_ranks
 from tools.convert_open_sora_plan import convert
 from tools.tiny_open_sora_plan import make_open_sora_plan
@@ -148,8 +149,9 @@ def test_files_of_the_batch_equal_rendered_frames(
     assert largest_step(clips["clip1"], clips["clip3"]) > 20  # the twin
 
 
+@pytest.mark.parametrize(("mode", "dit", "vae"), [("stream", 1, 1), ("tiles", 1, 2), ("tiles", 2, 0)])
 def test_frames_leave_in_chunks_of_time_and_are_those_of_the_whole_clip(
-    checkpoint: Path, launcher: LocalLauncher
+    checkpoint: Path, launcher: LocalLauncher, mode: str, dit: int, vae: int
 ) -> None:
     streamed: dict[str, list[NDArray[Any]]] = {}
     firsts: list[int] = []
@@ -159,11 +161,13 @@ def test_frames_leave_in_chunks_of_time_and_are_those_of_the_whole_clip(
         streamed.setdefault(clip, []).append(frames)
 
     long = msgspec.structs.replace(request(), spec=msgspec.structs.replace(SPEC, num_frames=33))  # chunks of 4 of 9
-    with start(checkpoint, launcher, 1, 1) as pipe:
+    with start(checkpoint, launcher, dit, vae) as pipe:
         (whole,) = pipe.render([long])
-    with start(checkpoint, launcher, 1, 1, "decode.mode=stream", "decode.exact=true") as pipe:
+    with start(checkpoint, launcher, dit, vae, f"decode.mode={mode}") as pipe:
         (result,) = pipe.render([long], on_frames=take)
+        (team, *_) = pipe.config.decode_teams
     parts = streamed[long.id]
+    assert {s.rank for s in result.side_car.stages if s.stage == "decode"} == set(team)
     assert len(parts) == 3 and firsts == [0, len(parts[0]), len(parts[0]) + len(parts[1])]
     assert np.array_equal(np.concatenate(parts), result.frames)
     assert largest_step(result.frames, whole.frames) <= 1
@@ -196,14 +200,18 @@ def three_ranks(runtime: Runtime, path: str, breakages: list[str]) -> dict[str, 
     found = {}
     for breakage in breakages:
         denoiser = family.load_denoiser(checkpoint, config, runtime)
-        assert isinstance(denoiser, OpenSoraPlanDenoiser)
+        assert isinstance(denoiser, OpenSoraPlanDenoiser) and denoiser._parallel is not None
         asked = request()
         noise = draw_noise(denoiser.latent_shape(asked), asked.seed)
         if breakage == "every block is dense":
-            for block in denoiser.transformer.blocks():
-                block.attn1.processor._kernel = skip_sparse_kernel(DENSE)
+            kernels = [LayerKernel(pattern=DENSE, held=kernel.held) for kernel in denoiser._parallel.kernels]
+            denoiser._parallel.kernels = tuple(kernels)
+            for block, kernel in zip(denoiser.transformer.blocks(), kernels, strict=True):
+                block.attn1.processor.kernel = kernel
         elif breakage == "tokens stand elsewhere":
-            denoiser.transformer.rotary.register_forward_hook(lambda module, args, out: [x.flip(0) for x in out])
+            denoiser.transformer.rotary.register_forward_hook(
+                lambda module, args, out: [x.flip(0) for x in out], prepend=True
+            )
         elif breakage == "a seed for each rank":
             asked = request(seed=5 + runtime.rank)
         elif breakage == "a rank keeps its own projection":

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from pipelines.models import open_sora_plan as osp
 from pipelines.models.open_sora_plan import (
-    DENSE,
     OpenSoraPlanTransformer3DModel,
-    SkipSparse,
     from_groups,
     skip_sparse_attention,
     to_groups,
 )
+from pipelines.models.skip_sparse import DENSE, SkipSparse
 from tests.osp_recorded import Recorded, dit_scale, draw, manifest
 
 SINGLE = SkipSparse(kind="single", k=4)

@@ -14,13 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from pipelines.models.open_sora_plan import (
-    DENSE,
-    OpenSoraPlanBlock,
-    OpenSoraPlanTransformer3DModel,
-    Rotary3D,
-    SkipSparse,
-)
+from pipelines.models.open_sora_plan import OpenSoraPlanBlock, OpenSoraPlanTransformer3DModel, Rotary3D
+from pipelines.models.skip_sparse import DENSE, SkipSparse
 from pipelines.models.wf_vae import WFVAEModel
 from tools import cost_open_sora_plan, parity_opensora
 from tools.cost_open_sora_plan import Denoiser, step_cost

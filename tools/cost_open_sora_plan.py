@@ -11,12 +11,11 @@ from typing import Annotated
 import torch
 import typer
 
-from pipelines.models.open_sora_plan import (
+from pipelines.models.open_sora_plan import OpenSoraPlanBlock, Rotary3D
+from pipelines.models.skip_sparse import (
     DENSE,
     FIRST_DENSE_TAIL_BLOCK,
     FIRST_SPARSE_BLOCK,
-    OpenSoraPlanBlock,
-    Rotary3D,
     SkipSparse,
     block_sparsity,
 )

@@ -383,9 +383,7 @@ def _check_decode(decode: DecodeConfig) -> None:
         )
     for name in ("tile_height", "tile_width", "tile_overlap_height", "tile_overlap_width", "tile_overlap_frames"):
         if getattr(decode, name):
-            raise ConfigError(
-                f"decode.{name}={getattr(decode, name)} means nothing to decode.exact=true, nearest is 0"
-            )
+            raise ConfigError(f"decode.{name}={getattr(decode, name)} means nothing to decode.exact=true, nearest is 0")
 
 
 def _at_least(path: str, value: float, low: float) -> None:

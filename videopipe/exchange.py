@@ -137,6 +137,36 @@ def gather_tokens(
     return start_gather_tokens(x, token_counts, group, member, dim).wait()
 
 
+def exchange_tokens(
+    x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
+) -> Tensor:
+    """Tokens change hands: some of them to each member, blocking.
+
+    Args:
+        x: [B, S_local, C], the tokens for the first member, then those for the second, ...
+        send_counts, receive_counts: tokens for and from each member; may be zero.
+        group: None for one member.
+    Returns:
+        [B, sum(receive_counts), C], in the order of the members that they come from.
+    """
+    assert x.shape[1] == sum(send_counts), (x.shape, send_counts)
+    if group is None:
+        return x
+    B, _, C = x.shape
+    shapes = [(B, count, C) for count in receive_counts]
+    sent = torch.cat([part.reshape(-1) for part in x.split(list(send_counts), dim=1)])
+    received = x.new_empty(sum(_numel(shape) for shape in shapes))
+    work = dist.all_to_all_single(
+        received,
+        sent,
+        output_split_sizes=[_numel(shape) for shape in shapes],
+        input_split_sizes=[B * count * C for count in send_counts],
+        group=group,
+        async_op=True,
+    )
+    return PendingExchange(work, received, sent, shapes, 1).wait()
+
+
 def start_take_from_previous(
     x: Tensor, num_tokens: int, group: dist.ProcessGroup, member: int, members: int
 ) -> PendingExchange:

@@ -22,7 +22,7 @@ here because that one drops the token axis where a rank holds a single token and
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol, cast
+from typing import ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -35,34 +35,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import Tensor, nn
 
+from pipelines.models.skip_sparse import SkipSparse, block_sparsity
+
 MASKED = -10000.0  # added to the logits of keys to ignore
 PADDED = -9980.0  # of keys that only fill up a group: preferred in a group that has no other key left
-FIRST_SPARSE_BLOCK = 2  # by absolute index, whatever the number of blocks
-FIRST_DENSE_TAIL_BLOCK = 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class SkipSparse:
-    """Which tokens of one block attend to each other: all ("dense"), or each of `k` groups within itself.
-
-    Token n is in group n mod k ("single": every k-th token) or (n div k) mod k ("group": every k-th run of k tokens).
-    """
-
-    kind: Literal["dense", "single", "group"]
-    k: int = 1
-
-    @property
-    def groups(self) -> int:
-        """Number of groups that attend within themselves."""
-        return 1 if self.kind == "dense" else self.k
-
-    def padded(self, tokens: int) -> int:
-        """`tokens` filled up to whole groups."""
-        unit = 1 if self.kind == "dense" else self.k * self.k
-        return -(-tokens // unit) * unit
-
-
-DENSE = SkipSparse(kind="dense")
 
 
 class Attend(Protocol):
@@ -147,13 +123,6 @@ def from_groups(x: Tensor, sparse: SkipSparse, tokens: int) -> Tensor:
     else:
         x = x.unflatten(0, (k, -1)).unflatten(2, (-1, k)).permute(1, 2, 0, 3, 4, 5)
     return x.reshape(x.shape[0], -1, N, D)[:, :tokens]
-
-
-def block_sparsity(index: int, sparse1d: bool, sparse_n: int) -> SkipSparse:
-    """The pattern of block `index` (from 0): blocks 2 to 29 are sparse, even ones "single", odd ones "group"."""
-    if not sparse1d or sparse_n == 1 or not FIRST_SPARSE_BLOCK <= index < FIRST_DENSE_TAIL_BLOCK:
-        return DENSE
-    return SkipSparse(kind="single" if index % 2 == 0 else "group", k=sparse_n)
 
 
 class OpenSoraPlanTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin):

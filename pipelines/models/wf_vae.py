@@ -125,7 +125,7 @@ class WFVAEModel(ModelMixin, ConfigMixin):
             ValueError: a chunk below 1, or a model with group norms, whose statistics span the whole clip.
         """
         for name, value in (("encode_chunk", encode_chunk), ("decode_chunk", decode_chunk)):
-            self._check_chunk(name, value)
+            self.check_chunk(name, value)
         self.encode_chunk = encode_chunk
         self.decode_chunk = decode_chunk
 
@@ -205,7 +205,12 @@ class WFVAEModel(ModelMixin, ConfigMixin):
     def _per_channel(self, key: str, like: Tensor) -> Tensor:
         return torch.tensor(self.config[key], dtype=like.dtype, device=like.device).view(1, -1, 1, 1, 1)
 
-    def _check_chunk(self, name: str, chunk: int) -> None:
+    def check_chunk(self, name: str, chunk: int) -> None:
+        """Refuse chunks of so many latent frames, by the name of the setting, where they are not exact.
+
+        Raises:
+            ValueError: a chunk below 1, or a model with group norms, whose statistics span the whole clip.
+        """
         if chunk < 1:
             raise ValueError(f"{name}={chunk} must be at least 1 latent frame, nearest is 1")
         if self.config.norm_type != "layernorm":
@@ -217,7 +222,7 @@ class WFVAEModel(ModelMixin, ConfigMixin):
     def _spans(self, name: str, latent_frames: int, chunk: int | None) -> list[tuple[int, int]]:
         if chunk is None:
             return [(0, latent_frames)]
-        self._check_chunk(name, chunk)
+        self.check_chunk(name, chunk)
         return [(start, min(start + chunk, latent_frames)) for start in range(0, latent_frames, chunk)]
 
 
@@ -411,10 +416,12 @@ class SpatialAttention(Timed):
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         B, _, T, H, W = x.shape
         h = self.norm(x)
+        # [B, C, T, H, W] -> [B*T, 1, H*W, C]; keys and values may be of more rows than x
         q, k, v = (
-            layer(h, stream).permute(0, 2, 3, 4, 1).reshape(B * T, 1, H * W, -1) for layer in (self.q, self.k, self.v)
+            layer(h, stream).permute(0, 2, 3, 4, 1).flatten(0, 1).flatten(1, 2)[:, None]
+            for layer in (self.q, self.k, self.v)
         )
-        out = F.scaled_dot_product_attention(q, k, v)  # [B*T, 1, H*W, C]
+        out = F.scaled_dot_product_attention(q, k, v)
         out = out.reshape(B, T, H, W, -1).permute(0, 4, 1, 2, 3)
         return x + self.proj_out(out, stream)
 
@@ -439,25 +446,33 @@ class TimeUpsample(Timed):
     def __init__(self, channels: int, t_interpolation: str) -> None:
         super().__init__()
         self.conv = CausalConv3d(channels, channels, 3)
+        self.interpolate = Interpolate()
         self.t_interpolation = t_interpolation
 
     def forward(self, x: Tensor, stream: Stream) -> Tensor:
         parts = []
         if stream.first:
-            parts.append(_interpolate(x[:, :, :1], 1))
+            parts.append(self.interpolate(x[:, :, :1], 1))
             x = x[:, :, 1:]
         if self.t_interpolation == "nearest":
             if x.shape[2]:
-                parts.append(_interpolate(x.repeat_interleave(2, dim=2), 1))
+                parts.append(self.interpolate(x.repeat_interleave(2, dim=2), 1))
         else:
             held = self in stream.past  # a frame whose second output still waits for its successor
             if held:
                 x = torch.cat((stream.past[self], x), dim=2)
             if x.shape[2]:
-                doubled = _interpolate(x, 2)
+                doubled = self.interpolate(x, 2)
                 parts.append(doubled[:, :, int(held) : doubled.shape[2] - int(not stream.last)])
                 stream.keep(self, x[:, :, -1:])
         return self.conv(torch.cat(parts, dim=2), stream)
+
+
+class Interpolate(nn.Module):
+    """Twice the rows and cols of [B, C, t, h, w] by linear interpolation, and `times` the frames; edges are clamped."""
+
+    def forward(self, x: Tensor, times: int) -> Tensor:
+        return F.interpolate(x, scale_factor=(float(times), 2.0, 2.0), mode="trilinear", align_corners=False)
 
 
 class ResnetBlock2D(nn.Module):
@@ -576,10 +591,6 @@ def _merge(low: Tensor, high: Tensor, dim: int) -> Tensor:
 def _add_low(bands: Tensor, low: Tensor) -> Tensor:
     assert bands.shape[2:] == low.shape[2:], (bands.shape, low.shape)
     return torch.cat((bands[:, :3] + low, bands[:, 3:]), dim=1)
-
-
-def _interpolate(x: Tensor, times: int) -> Tensor:
-    return F.interpolate(x, scale_factor=(float(times), 2.0, 2.0), mode="trilinear", align_corners=False)
 
 
 def _mid(c_in: int, c_mid: int, c_out: int, use_attention: bool, dropout: float, norm_type: str) -> nn.ModuleList:
