@@ -1,7 +1,7 @@
 """The command line: `videopipe` and `python -m videopipe`.
 
-Exit codes: 0 done, 1 the run failed (clips finished before stay), 2 the input cannot be rendered (found before any
-weight is read), 130 Ctrl-C, 143 SIGTERM. An error is one line on standard error.
+Exit codes: 0 done, 1 the run failed or a clip could not be written (those that were finished stay), 2 the input cannot
+be rendered (found before any weight is read), 130 Ctrl-C, 143 SIGTERM. An error is one line on standard error.
 """
 
 import signal

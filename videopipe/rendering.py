@@ -3,7 +3,7 @@
 import shlex
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class WriteError(RuntimeError):
         self.cause = cause
         self.latents = latents
         self.command = None
-        kept = f"its latents are lost ({not_kept})"
+        kept = not_kept
         if latents is not None:
             self.command = f"videopipe decode {shlex.quote(str(latents))} -o {shlex.quote(str(path.parent))}"
             kept = f"its latents are kept in {latents}, to decode them: {self.command}"
@@ -88,32 +88,39 @@ class RenderResult(msgspec.Struct, frozen=True, kw_only=True):
         try:
             path, side_car = self._write(directory / self.request_id, "latent")
         except OSError as error:
-            return self.rescued(_latents_path(directory / self.request_id), error.strerror or str(error))
+            return self.rescued(_latents_path(directory / self.request_id), _one_line(error))
         return msgspec.structs.replace(self, path=path, side_car=side_car)
 
     def rescued(self, path: Path, cause: str) -> "RenderResult":
         """Since `path` could not be written: keep the latents beside it, or else in a new folder of
         `output.rescue_directory`; the result with the error that tells where."""
-        problems = []
         if self.latents is None:
-            problems.append("their rank was lost as well")
-        else:
-            for directory in self._rescue_directories(path.parent):
-                stem = directory / f"{self.request_id}.rescued"
-                try:
-                    latents, _ = self._write(stem, "latent")
-                except OSError as error:
-                    _latents_path(stem).unlink(missing_ok=True)  # without its side-car it cannot be decoded
-                    problems.append(f"{directory}: {error.strerror or error}")
-                else:
-                    return msgspec.structs.replace(self, error=WriteError(path, cause, latents))
-        return msgspec.structs.replace(self, error=WriteError(path, cause, None, "; ".join(problems)))
+            error = WriteError(path, cause, None, "its latents were lost with their rank")
+            return msgspec.structs.replace(self, error=error)
+        problems = []
+        directories: tuple[Callable[[], Path], ...] = (lambda: path.parent, self._make_rescue_directory)
+        for make_directory in directories:
+            try:
+                latents = self._keep_latents(make_directory())
+            except OSError as problem:
+                problems.append(_one_line(problem))
+            else:
+                return msgspec.structs.replace(self, error=WriteError(path, cause, latents))
+        where = f"its latents are only in memory, they could not be written either ({'; '.join(problems)})"
+        return msgspec.structs.replace(self, error=WriteError(path, cause, None, where))
 
-    def _rescue_directories(self, beside: Path) -> Iterator[Path]:
-        yield beside
+    def _keep_latents(self, directory: Path) -> Path:
+        stem = directory / f"{self.request_id}.rescued"
+        try:
+            return self._write(stem, "latent")[0]
+        except OSError:
+            _latents_path(stem).unlink(missing_ok=True)  # without its side-car it cannot be decoded
+            raise
+
+    def _make_rescue_directory(self) -> Path:
         parent = Path(self.output.rescue_directory or tempfile.gettempdir())
         parent.mkdir(parents=True, exist_ok=True)
-        yield Path(tempfile.mkdtemp(prefix="videopipe-rescued-", dir=parent))
+        return Path(tempfile.mkdtemp(prefix="videopipe-rescued-", dir=parent))  # clips of other runs have the same ids
 
     def _write(self, stem: Path, form: OutputFormat) -> tuple[Path, SideCar]:
         stem.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +168,11 @@ def check_output(output: OutputConfig, spec: VideoSpec, where: str = "") -> None
             pixel_format=output.pixel_format,
             where=where,
         )
+
+
+def _one_line(error: OSError) -> str:
+    name = "" if error.filename is None else f": {error.filename}"
+    return f"{error.strerror}{name}" if error.strerror else str(error)
 
 
 def _latents_path(stem: Path) -> Path:
