@@ -240,7 +240,7 @@ def test_every_tile_has_one_member_and_loads_differ_by_less_than_a_tile(
 
 
 def test_members_are_busy_at_real_sizes() -> None:
-    """129x720x1280 in diffusers' tiles: 11 slabs of 28 tiles; without spatial tiles a wave has a slab for each member."""
+    """129x720x1280 in diffusers' tiles: 11 slabs of 28; without spatial tiles a wave has a slab for each member."""
     grid = tile_grid((33, 90, 160), TileSettings(), 4, 8)
     assert (len(grid.frames), len(grid.rows), len(grid.cols)) == (11, 4, 7)
     for members in range(1, 9):

@@ -1,5 +1,6 @@
 """A small VAE for tests of tiles, and one whose decoder is arithmetic that differs wherever two tiles overlap."""
 
+import itertools
 import math
 from typing import Any
 
@@ -50,7 +51,7 @@ def reference(vae: Any, latents: Tensor) -> Tensor:
 
 def join(parts: list[Part]) -> Tensor:
     """One member's parts one after the other, checked to follow each other in time."""
-    for before, after in zip(parts, parts[1:], strict=False):
+    for before, after in itertools.pairwise(parts):
         assert after.first_frame == before.first_frame + before.video.shape[2]
         assert after.first_row == before.first_row
     return torch.cat([part.video for part in parts], dim=2)

@@ -128,13 +128,16 @@ class SlabExchange:
         self._received = like.new_empty(sum(math.prod(shape) for shapes in self._shapes for shape in shapes.values()))
 
     def finish(self, tail: Tensor | None) -> Tensor:
-        """This member's band, [1, 3, t, rows, W], blended with `tail`, the last frames of the slab before."""
+        """This member's band, [1, 3, t, rows, W], blended with `tail`, the last frames of the slab before.
+
+        None for the first slab, and for the one that a restart begins with, whose first frames nobody wants.
+        """
         if self._team.group is not None:
             self._exchange()
         if self._pieces:
             blend_rows(self._pieces, self._grid, self._bands[self._team.member], self._video)
-        if self._span.blend:
-            assert tail is not None and tail.shape[2] == self._span.blend, (self._span, tail)
+        if tail is not None:
+            assert tail.shape[2] == self._span.blend, (self._span, tail.shape)
             crossfade(tail, self._video[:, :, : self._span.blend], 2, 0, self._span.blend)
         return self._video
 
