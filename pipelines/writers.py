@@ -203,7 +203,7 @@ class WriterPool:
         return self._chunks_ahead - sum(not chunk.written for chunk in self._clips[clip].chunks)
 
     def frames(self, clip: int, first_frame: int, num_frames: int, path: Path) -> None:
-        """Give the next chunk, raw bytes that `handover.publish` wrote; their memory is the pool's from now on."""
+        """Give the next chunk, raw bytes; their memory is the pool's from now on."""
         message = WriteFrames(clip=clip, first_frame=first_frame, num_frames=num_frames, path=str(path))
         if clip not in self._clips:  # has failed, as `news` tells or has told
             path.unlink(missing_ok=True)

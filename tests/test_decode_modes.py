@@ -18,6 +18,7 @@ from pipelines import HunyuanVideoPipeline
 from pipelines.faults import RankError
 from pipelines.launch import LocalLauncher
 from vae_group.decode import to_frames
+from videopipe import media
 from videopipe.config import ConfigError, load_config
 from videopipe.geometry import VideoSpec
 from videopipe.records import VideoRequest
@@ -100,6 +101,16 @@ def test_frames_equal_those_of_whole_clips_to_the_bit(
     (team, *_) = pipeline.config.decode_teams
     assert {s.rank for s in results["clip0"].side_car.stages if s.stage == "decode"} == set(team)
     assert results["clip0"].side_car.plan["decode_teams"] == [list(team)]
+
+
+def test_what_a_team_has_decoded_is_written(
+    pipeline: HunyuanVideoPipeline, expected: dict[int, dict[str, NDArray[Any]]], tmp_path: Path
+) -> None:
+    results = {r.request_id: r for r in pipeline.render([request(i) for i in range(2)], save_to=tmp_path)}
+    assert {file.name for file in tmp_path.iterdir()} == {"clip0.mp4", "clip0.json", "clip1.mp4", "clip1.json"}
+    for clip, result in results.items():
+        frames = expected[pipeline.config.groups.dit_ranks][clip]
+        assert result.side_car.frames_sha256 == media.frames_hash(frames)
 
 
 def test_other_kinds_of_results_come_from_teams_too(pipeline: HunyuanVideoPipeline) -> None:
