@@ -109,8 +109,8 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How latents become frames.
 
     `mode`: with `clip` each decoding rank decodes a whole clip, so several clips are decoded side by side; with
-    `tiles` all decoding ranks share one clip; with `stream` each rank decodes a clip of its own, and its frames leave
-    in the order of time while the rest is being decoded.
+    `tiles` all decoding ranks share one clip; with `stream` each rank decodes a clip of its own in chunks of time,
+    whose frames leave while the rest is being decoded. It does not change the frames.
     `exact`: the untiled result, whatever the ranks and the chunks; without it that of the model's reference
     implementation, which for HunyuanVideo is tiled in time.
     `tiling` decodes in spatial tiles as diffusers' `enable_tiling` does; the time tiles are the model's own default.
