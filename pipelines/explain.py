@@ -240,7 +240,7 @@ def explain_config(config: Config) -> Explanation:
         video_tokens=grid.video,
         text_tokens=text,
         conditioning_bytes=conditioning * receivers,
-        latent_bytes=latent_bytes if topology.vae_ranks else 0,
+        latent_bytes=latent_bytes * len(topology.decode_teams[0]) if topology.vae_ranks else 0,
         exchange_bytes=sum(
             request.num_inference_steps * (rank.exchange_bytes_per_step + rank.branch_bytes_per_step)
             + rank.gather_bytes_per_clip

@@ -132,7 +132,7 @@ class Family(Protocol):
         """Prepare to help the DiT group; there are no weights to load."""
 
     def load_decoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Decoder:
-        """Load the VAE onto the rank's device."""
+        """Load the VAE onto the rank's device, to decode with the rank's team."""
 
 
 FAMILIES = {

@@ -247,15 +247,29 @@ def decode_pixels(vae: WFVAEModel, latents: Tensor, chunk: int | None = None) ->
     Args:
         chunk: latent frames decoded at a time; None for the whole clip. The frames are the same.
     """
-    z = vae.unscale_latents(latents.float()).to(device=vae.device, dtype=vae.dtype)
-    for sample in vae.decode_stream(z, chunk):
-        yield (sample.float() / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+    for video in vae.decode_stream(vae_latents(vae, latents), chunk):
+        yield to_pixels(video)
 
 
 def decode_frames(vae: WFVAEModel, latents: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
     """As `decode_pixels`, uint8: cut off, not rounded, as upstream."""
     for pixels in decode_pixels(vae, latents, chunk):
-        yield (pixels * 255).to(torch.uint8)
+        yield to_bytes(pixels)
+
+
+def vae_latents(vae: WFVAEModel, latents: Tensor) -> Tensor:
+    """The denoiser's latents [1, C, T', H', W'] as the VAE takes them, on its device."""
+    return vae.unscale_latents(latents.float()).to(device=vae.device, dtype=vae.dtype)
+
+
+def to_pixels(video: Tensor) -> Tensor:
+    """What the VAE gives [1, 3, t, h, W] -> [t, h, W, 3] fp32 in 0..1."""
+    return (video.float() / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in 0..1 -> uint8, cut off."""
+    return (pixels * 255).to(torch.uint8)
 
 
 @torch.no_grad()
