@@ -1,7 +1,7 @@
 """Modulation vectors computed once for each request, so that their weights need no room on the device.
 
 In a DiT with adaptive layer norm, linear layers turn the embedding of timestep and prompt into shift, scale and gate.
-They act on one vector per step, and in HunyuanVideo they hold 3.46 of 12.8 billion parameters. Here their weights stay
+They act on one vector per step, and in HunyuanVideo they hold 3.42 of 12.8 billion parameters. Here their weights stay
 in host memory (mapped from the checkpoint, shared by all ranks), pass through the device once for each request, and
 leave only their results behind.
 """

@@ -81,10 +81,11 @@ class DitWorker:
     def send(self, message: SendLatents) -> None:
         """Begin to send finished latents; they stay here until `release`."""
         self._transfers[message.request] = message.transfer
-        self._link.send(self._latents[message.request], message.to, message.transfer)
+        for rank in message.to:
+            self._link.send(self._latents[message.request], rank, message.transfer)
 
     def release(self, request: str) -> None:
-        """A decoding rank has the latents (or nobody wants them): forget them."""
+        """All who decode the latents have them (or nobody wants them): forget them."""
         self._latents.pop(request, None)
         transfer = self._transfers.pop(request, None)
         if transfer is not None:

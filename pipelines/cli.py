@@ -1,7 +1,7 @@
 """The command line: `videopipe` and `python -m videopipe`.
 
-Exit codes: 0 done, 1 the run failed (clips finished before stay), 2 the input cannot be rendered (found before any
-weight is read), 130 Ctrl-C, 143 SIGTERM. An error is one line on standard error.
+Exit codes: 0 done, 1 the run failed or a clip could not be written (those that were finished stay), 2 the input cannot
+be rendered (found before any weight is read), 130 Ctrl-C, 143 SIGTERM. An error is one line on standard error.
 """
 
 import signal
@@ -11,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from pipelines.cli_decode import decode
 from pipelines.cli_errors import CommandError
 from pipelines.cli_explain import explain
 from pipelines.cli_render import render
@@ -38,6 +39,7 @@ def _options(
 
 # One line for one command; a command lives in a module of its own and imports torch only when it runs.
 app.command("render")(render)
+app.command("decode")(decode)
 app.command("explain")(explain)
 app.command("compare")(compare)
 

@@ -120,7 +120,7 @@ def render(
         requests = gather_requests(resolved, prompt_words, prompt, prompt_file, request_id)
         check_everything(resolved, requests, output_dir, trace)
     except (ValueError, OSError) as error:
-        raise CommandError(_one_line(error), 2) from error
+        raise CommandError(one_line(error), 2) from error
     render_all(resolved, requests, output_dir, trace=trace, quiet=quiet, verbose=verbose)
 
 
@@ -130,8 +130,12 @@ def resolve_config(name: str | None, overrides: Sequence[str], flags: Mapping[st
     Raises:
         ConfigError: names the path, the value and the nearest valid value.
     """
-    given = [f"{path}={msgspec.json.encode(value).decode()}" for path, value in flags.items() if value is not None]
-    return load_config(None if name is None else find_config(name), [*overrides, *given])
+    return load_config(None if name is None else find_config(name), [*overrides, *flags_as_overrides(flags)])
+
+
+def flags_as_overrides(flags: Mapping[str, Any]) -> list[str]:
+    """`path=value` for each flag that was given; those that were not are None."""
+    return [f"{path}={msgspec.json.encode(value).decode()}" for path, value in flags.items() if value is not None]
 
 
 def serves_under_torchrun() -> bool:
@@ -196,7 +200,7 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
     from pipelines.checkpoint import Checkpoint
     from pipelines.families import load_family
     from pipelines.pipeline import check_attention, check_devices, resolve_device
-    from videopipe.media import check_video
+    from videopipe.rendering import check_output
 
     family = load_family(config.model.family)
     family.check_config(config)
@@ -204,17 +208,7 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
     for request in requests:
         where = f"{request.id}: " if len(requests) > 1 else ""
         family.check_request(request, facts, where)
-        if config.output.format == "mp4":
-            spec = request.spec
-            check_video(
-                height=spec.height,
-                width=spec.width,
-                fps=spec.fps,
-                codec=config.output.codec,
-                crf=config.output.crf,
-                pixel_format=config.output.pixel_format,
-                where=where,
-            )
+        check_output(config.output, request.spec, where)
         latent_bytes = 4 * math.prod(facts.geometry.latent_shape(request.spec))
         if latent_bytes > config.queue.capacity_bytes:
             raise ValueError(
@@ -278,8 +272,8 @@ def render_all(
         launcher: starts the ranks, see `VideoPipeline.from_pretrained`.
 
     Raises:
-        CommandError: the ranks could not start (2), a rank or a file was lost (1), Ctrl-C (130); clips that were
-            finished before are not touched.
+        CommandError: the ranks could not start (2), a rank was lost or a clip could not be written (1), Ctrl-C (130);
+            clips that were finished before are not touched.
     """
     from pipelines.display import make_display
     from pipelines.faults import RankError
@@ -292,13 +286,15 @@ def render_all(
             details = error.details if verbose else ""
             raise CommandError(f"{error}; {_finished(paths, requests, output_dir)}", 1, details) from error
         except ValueError as error:  # devices and the like, from the pipeline's own checks
-            raise CommandError(_one_line(error), 2) from error
+            raise CommandError(one_line(error), 2) from error
         except OSError as error:
-            raise CommandError(f"{_one_line(error)}; {_finished(paths, requests, output_dir)}", 1) from error
+            raise CommandError(f"{one_line(error)}; {_finished(paths, requests, output_dir)}", 1) from error
         except KeyboardInterrupt:
             raise CommandError(f"interrupted; {_finished(paths, requests, output_dir)}", 130) from None
     if not quiet:
         print(summary, file=sys.stderr)
+    if len(paths) < len(requests):
+        raise CommandError(f"{_finished(paths, requests, output_dir)}, the others could not be written", 1)
     return paths
 
 
@@ -313,20 +309,20 @@ def _render_into(
 ) -> str:
     """Render and write; appends to `paths` as clips finish. What to tell the user at the end."""
     from pipelines.pipeline import VideoPipeline
-    from videopipe.trace import ENGINE_RANK, SpanRecorder, Trace
+    from videopipe.trace import ENGINE_RANK, Trace
 
     begin = time.monotonic()
-    recorder = SpanRecorder(ENGINE_RANK)
+    record_to = output_dir if config.output.records_steps else None
     with VideoPipeline.start(config, progress=display, launcher=launcher) as pipe:
         ready = time.monotonic()
         pipe.trace.rank_names[ENGINE_RANK] = "files"
         try:
-            for result in pipe.render(requests, record_to=output_dir if config.output.records_steps else None):
-                with recorder.span("write", request=result.request_id):
-                    path = result.save_to(output_dir)
-                pipe.trace.add(recorder.drain())
-                paths.append(path)
-                display.written(result.request_id, path, result.side_car.total_s)
+            for result in pipe.render(requests, save_to=output_dir, record_to=record_to):
+                if result.path is None:
+                    display.failed(result.request_id, f"videopipe: {result.error}")
+                else:
+                    paths.append(result.path)
+                    display.written(result.request_id, result.path, result.side_car.total_s)
         finally:
             if trace is not None:
                 pipe.trace.write_chrome(trace)
@@ -346,7 +342,7 @@ def _finished(paths: Sequence[Path], requests: Sequence[VideoRequest], output_di
     return f"{len(paths)} of {len(requests)} clips are finished in {output_dir}"
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """An error of the operating system without its number: `Permission denied: out`."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"

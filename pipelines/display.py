@@ -26,6 +26,9 @@ class Display(Progress, Protocol):
     def written(self, request: str, path: Path, seconds: float) -> None:
         """A clip lies on disk; `seconds` since it was submitted. From the caller's thread."""
 
+    def failed(self, request: str, line: str) -> None:
+        """A clip could not be written; `line` tells why, also where progress is not shown."""
+
 
 def make_display(requests: Sequence[VideoRequest], *, quiet: bool) -> Display:
     """Bars where standard error is a terminal, lines where it is not, nothing where `quiet`."""
@@ -73,6 +76,10 @@ class SilentDisplay:
     def written(self, request: str, path: Path, seconds: float) -> None:
         """See `Display`."""
         print(path, flush=True)
+
+    def failed(self, request: str, line: str) -> None:
+        """See `Display`."""
+        print(line, file=sys.stderr, flush=True)
 
 
 class LineDisplay:
@@ -126,6 +133,11 @@ class LineDisplay:
         self._written += 1
         self._say(f"{request}: finished after {seconds:.1f} s ({self._written} of {self._total})")
         print(path, flush=True)
+
+    def failed(self, request: str, line: str) -> None:
+        """See `Display`."""
+        with self._lock:
+            print(line, file=self._stream, flush=True)
 
     def _say(self, text: str) -> None:
         with self._lock:
@@ -199,6 +211,11 @@ class BarDisplay:
             self._console.print(f"{path}  {seconds:.1f} s", markup=False, highlight=False, soft_wrap=True)
         else:
             print(path, flush=True)
+
+    def failed(self, request: str, line: str) -> None:
+        """See `Display`."""
+        self._bars.update(self._clips, advance=1)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _show_queue(self) -> None:
         waiting = self._stages.waiting

@@ -18,47 +18,30 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import safetensors.torch
 import zmq
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import faults
+from pipelines.batch import Batch, Finished, FramesListener, Job
+from pipelines.delivery import Deliveries, Delivery
 from pipelines.families import ModelFacts
 from pipelines.launch import Launcher
 from videopipe import messages as wire
 from videopipe import scheduler as plan
 from videopipe.config import Config
 from videopipe.control import ControlServer
-from videopipe.handover import claim
+from videopipe.handover import ArrivingClip, write_rows
 from videopipe.queue import BoundedQueue
 from videopipe.records import SideCar, StageTime, VideoRequest
 from videopipe.trace import Span, Trace
 
 TICK_MS = 100
 MAX_TRACE_SPANS = 400_000
-
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """A request with what the caller gave besides: noise, conditioning, and the kind of result wanted."""
-
-    request: VideoRequest
-    result: Literal["uint8", "float32", "latents"] = "uint8"
-    noise: Any = None  # Tensor [1, C, T', H', W'] float32
-    conditioning: Any = None  # dict of Tensor by name
-    record_to: Path | None = None  # the folder <id>.steps of its recorded steps
-
-
-class Finished(msgspec.Struct, frozen=True, kw_only=True):
-    """A finished clip in host memory: frames [T, H, W, 3] uint8 or float32, or latents [1, C, T', H', W'] float32."""
-
-    job: Job
-    array: Any
-    side_car: SideCar
 
 
 class Progress(Protocol):
@@ -81,49 +64,6 @@ class Closable(Protocol):
         """Free it."""
 
 
-class Batch:
-    """The results of one submission, in the order in which they finish."""
-
-    def __init__(self, engine: "Engine", jobs: list[Job]) -> None:
-        self._engine = engine
-        self._results: queue.SimpleQueue[Finished | BaseException] = queue.SimpleQueue()
-        self._left = {job.request.id for job in jobs}
-
-    def put(self, result: Finished | BaseException) -> None:
-        """Called by the engine's thread."""
-        self._results.put(result)
-
-    def __iter__(self) -> Iterator[Finished]:
-        """Clips as they finish. A clip counts as taken away when the next one is asked for.
-
-        Raises:
-            RankError: a rank was lost; clips that were finished before have been given out already.
-        """
-        try:
-            while self._left:
-                result = self._results.get()
-                if isinstance(result, BaseException):
-                    self._left.clear()
-                    raise result
-                self._left.discard(result.job.request.id)
-                if not self._left:  # nobody may ask for the next one
-                    self._engine.tell("delivered", result.job.request.id)
-                    yield result
-                    return
-                try:
-                    yield result
-                finally:
-                    self._engine.tell("delivered", result.job.request.id)
-        finally:
-            self.abandon()
-
-    def abandon(self) -> None:
-        """Nobody asks for the rest any more: cancel it."""
-        left, self._left = self._left, set()
-        for request in left:
-            self._engine.tell("cancel", request)
-
-
 class _Record:
     """What the engine notes about one request under way."""
 
@@ -137,6 +77,8 @@ class _Record:
         self.text_masks: tuple[bytes, ...] = ()
         self.conditioning_transfer = 0
         self.cancelled = False
+        self.clip: ArrivingClip | None = None  # from the hand-over on
+        self.team: tuple[int, ...] = ()  # who decodes it; the first keeps the latents of a clip that is written
         self.seconds: defaultdict[tuple[str, int], float] = defaultdict(float)  # by stage and rank
 
 
@@ -171,6 +113,7 @@ class Engine:
         self._run_directory = run_directory
         self._progress = progress
         self._records: dict[str, _Record] = {}
+        self._deliveries = Deliveries(config, send=server.send, delivered=self._on_disk, note_spans=self._note_spans)
         self._hosts: dict[int, str] = {}
         self._clock_offset_ns: dict[int, int] = {}
         self._peaks: dict[int, int] = {}
@@ -212,16 +155,19 @@ class Engine:
         if self._failure is not None:
             raise self._failure
 
-    def submit(self, jobs: Iterable[Job]) -> Batch:
+    def submit(self, jobs: Iterable[Job], on_frames: FramesListener | None = None) -> Batch:
         """Queue requests; iterate over the answer for the results.
 
+        Args:
+            on_frames: is given the frames of every clip as they are decoded, before the clip itself; of requests whose
+                result is latents there are none.
         Raises:
             RankError: the run has failed before.
             RuntimeError: the engine is closed.
         """
         todo = list(jobs)
         self._check(todo)
-        batch = Batch(self, todo)
+        batch = Batch(self.tell, todo, on_frames)
         if self._failure is not None:
             raise self._failure
         if self._closed:
@@ -277,6 +223,11 @@ class Engine:
         return self._launcher.pids()
 
     @property
+    def writer_pids(self) -> list[int]:
+        """Process ids of the writers."""
+        return self._deliveries.pids
+
+    @property
     def weight_bytes(self) -> dict[int, dict[str, int]]:
         """Bytes of weights by rank and part."""
         return self._weights
@@ -298,6 +249,7 @@ class Engine:
             self._launcher.end()
             self._launcher.close()
             self._server.close()
+            self._deliveries.close()
             for resource in self._kept:
                 resource.close()
             shutil.rmtree(self._run_directory, ignore_errors=True)
@@ -323,6 +275,7 @@ class Engine:
         poller.register(self._server.socket, zmq.POLLIN)
         poller.register(self._launcher.fileno(), zmq.POLLIN)
         poller.register(self._wake_read, zmq.POLLIN)
+        poller.register(self._deliveries.fileno(), zmq.POLLIN)
         next_check = 0.0
         while True:
             poller.poll(TICK_MS)
@@ -337,6 +290,7 @@ class Engine:
                     return
                 self._hear(what, argument)
             now = time.monotonic()
+            self._deliveries.look(now)
             for news in self._launcher.ended():
                 self._faults.ended(news, self.doing(news.rank), now)
             if now < next_check:
@@ -361,11 +315,15 @@ class Engine:
     def _fail(self, error: Exception) -> None:
         self._failure = error
         self._launcher.end()  # at once: what still runs may be stuck in a transfer with the lost rank
-        self._end_batches(error)
+        try:
+            self._deliveries.outlive_ranks(wanted=lambda: not self._closed)
+        finally:
+            self._end_batches(error)
 
     def _end_batches(self, error: Exception) -> None:
         """Whoever waits for a result gets the clips that are finished, then the error."""
         batches = {id(record.batch): record.batch for record in self._records.values()}
+        batches |= {id(batch): batch for batch in self._deliveries.batches}
         while not self._inbox.empty():
             what, argument = self._inbox.get()
             if what == "submit":
@@ -381,6 +339,8 @@ class Engine:
                 if known:
                     batch.put(ValueError(f"id={known[0]!r} is already under way, give each request its own id"))
                     return
+                if any(job.is_written for job in jobs):
+                    self._deliveries.prepare()
                 for job in jobs:
                     self._records[job.request.id] = _Record(job, batch, time.monotonic())
                     self._on(
@@ -393,13 +353,16 @@ class Engine:
             case "delivered":
                 self._on(plan.Delivered(request=argument))
             case "cancel":
-                record = self._records.get(argument)
-                if record is None:  # finished, and nobody took it
-                    self._on(plan.Delivered(request=argument))
-                    return
-                record.cancelled = True
-                self._on(plan.Cancelled(request=argument))
-                self._forget_cancelled()
+                job, batch = argument
+                record = self._records.get(job.request.id)
+                if record is not None and record.batch is batch:
+                    record.cancelled = True
+                    self._on(plan.Cancelled(request=job.request.id))
+                    self._forget_cancelled()
+                elif job.is_written:
+                    self._deliveries.cancel(job.request.id, batch)
+                else:  # finished, and nobody took it
+                    self._on(plan.Delivered(request=job.request.id))
 
     def _forget_cancelled(self) -> None:
         """Drop the records of cancelled requests that no rank will report about any more."""
@@ -450,9 +413,14 @@ class Engine:
                 self._records[message.request].denoised = now
                 self._on(plan.Denoised(request=message.request))
             case wire.LatentsArrived():
-                self._on(plan.LatentsReceived(request=message.request, sequence=message.sequence))
+                self._on(plan.LatentsReceived(request=message.request, rank=rank, sequence=message.sequence))
+            case wire.FramesReady():
+                self._add_frames(message, payload)
             case wire.ResultReady():
-                self._deliver(rank, message, payload, now)
+                self._end_decode(rank, message.request, now)
+            case wire.LatentsReturned():
+                assert payload is not None, message
+                self._deliveries.returned(message, payload)
         self._forget_cancelled()
 
     def _note_spans(self, spans: tuple[Span, ...]) -> None:
@@ -490,23 +458,42 @@ class Engine:
         if not self._to_load and not self._loading:
             self._ready.set()
 
-    def _deliver(self, rank: int, message: wire.ResultReady, payload: bytes | None, now: float) -> None:
-        record = self._records.pop(message.request)
-        if record.cancelled:
-            if message.path is not None:
-                Path(message.path).unlink()
-            self._on(plan.Decoded(request=message.request, rank=rank))
+    def _add_frames(self, message: wire.FramesReady, payload: bytes | None) -> None:
+        record = self._records[message.request]
+        clip, job = record.clip, record.job
+        assert clip is not None, message
+        if payload is not None:  # from a rank of another host
+            rows = np.frombuffer(payload, clip.dtype).reshape(message.count, message.rows, *clip.shape[2:])
+            write_rows(clip.path, rows, message.first_frame, message.first_row, clip.shape[1])
+        whole = clip.arrived(message.first_frame, message.count, message.rows)
+        if whole and record.batch.on_frames is not None and job.result != "latents" and not record.cancelled:
+            record.batch.on_frames(message.request, whole.start, clip.look_at(whole))
+
+    def _end_decode(self, rank: int, request: str, now: float) -> None:
+        """A rank has ended its share of a decode; with the last one of its team the clip is finished."""
+        self._on(plan.Decoded(request=request, rank=rank))
+        if self._scheduler.is_decoding(request):
             return
-        array: NDArray[Any]
-        if message.path is not None:
-            array = claim(Path(message.path), message.shape, message.dtype)
-        else:
-            assert payload is not None, message
-            array = np.frombuffer(payload, dtype=message.dtype).reshape(message.shape).copy()
+        record = self._records.pop(request)
+        assert record.clip is not None, request
+        if record.cancelled:
+            record.clip.discard()
+            if record.job.is_written:
+                self._server.send(record.team[0], wire.EndDelivery(request=request))
+            return
         side_car = self._side_car(record, now)
-        self._note("stage", message.request, "done")
-        self._on(plan.Decoded(request=message.request, rank=rank))
-        record.batch.put(Finished(job=record.job, array=array, side_car=side_car))
+        if record.job.is_written:
+            self._note("stage", request, "write")
+            delivery = Delivery(job=record.job, batch=record.batch, rank=record.team[0], side_car=side_car)
+            self._deliveries.begin(delivery, record.clip)
+            return
+        self._note("stage", request, "done")
+        record.batch.put(Finished(job=record.job, array=record.clip.claim(), side_car=side_car))
+
+    def _on_disk(self, request: str) -> None:
+        """A clip that writers had needs no room any more."""
+        self._note("stage", request, "done")
+        self._on(plan.Delivered(request=request))
 
     def _side_car(self, record: _Record, now: float) -> SideCar:
         request = record.job.request
@@ -585,19 +572,28 @@ class Engine:
 
     def _hand_over(self, command: plan.HandOver, record: _Record) -> None:
         record.queue_wait_s = time.monotonic() - record.denoised
+        request, result = record.job.request, record.job.result
+        spec = request.spec
+        latent_shape = self.facts.geometry.latent_shape(spec)
+        record.team = command.ranks
+        path = self._run_directory / f"{request.id}-{command.sequence}.frames"
+        shape = latent_shape if result == "latents" else (spec.num_frames, spec.height, spec.width, 3)
+        record.clip = ArrivingClip(path, shape, "float32" if result == "latents" else result)
         transfer = self._next_transfer()
-        send = wire.SendLatents(request=command.request, to=command.rank, transfer=transfer)
+        send = wire.SendLatents(request=request.id, to=command.ranks, transfer=transfer)
         self._server.send(command.leader, send)
-        decode = wire.DecodeLatents(
-            request=record.job.request,
-            source=command.leader,
-            shape=self.facts.geometry.latent_shape(record.job.request.spec),
-            sequence=command.sequence,
-            transfer=transfer,
-            result=record.job.result,
-            by_wire=self._hosts[command.rank] != socket.gethostname(),
-        )
-        self._server.send(command.rank, decode)
+        for rank in command.ranks:
+            decode = wire.DecodeLatents(
+                request=request,
+                source=command.leader,
+                shape=latent_shape,
+                sequence=command.sequence,
+                transfer=transfer,
+                result=result,
+                path=str(path) if self._hosts[rank] == socket.gethostname() else None,
+                keep_latents=record.job.is_written and rank == command.ranks[0],
+            )
+            self._server.send(rank, decode)
         self._note("stage", command.request, "decode")
 
     @property
@@ -645,7 +641,7 @@ def make_topology(config: Config) -> plan.Topology:
     dit = tuple(range(config.groups.dit_ranks))
     vae = tuple(range(len(dit), config.world_size))
     encoder = dit[0] if config.groups.text_encoder == "dit" else vae[0]
-    return plan.Topology(dit_ranks=dit, vae_ranks=vae, encoder_rank=encoder)
+    return plan.Topology(dit_ranks=dit, vae_ranks=vae, encoder_rank=encoder, teams=config.decode_teams)
 
 
 def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
@@ -656,6 +652,9 @@ def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
         "dit_ranks": list(topology.dit_ranks),
         "vae_ranks": list(topology.vae_ranks),
         "decode_ranks": list(topology.decode_ranks),
+        "decode_teams": [list(team) for team in topology.decode_teams],
+        "decode": config.decode.mode,
+        "decode_exact": config.decode.exact,
         "text_encoder_rank": topology.encoder_rank,
         "strategy": config.attention.strategy if len(topology.dit_ranks) > 1 else "none",
         "heads_per_chunk": config.attention.heads_per_chunk,

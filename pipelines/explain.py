@@ -172,7 +172,9 @@ def explain_config(config: Config) -> Explanation:
     )
     family.check_config(config)
     family.check_request(request, facts, "request.")
-    parameters, weights_from = _parameters(config, family, published)
+    as_published = published or config.model.weights == family.published.location
+    checkpoint = None if as_published else Checkpoint(config.model.weights, config.model.revision)
+    weights, weights_from = family.weight_bytes(config, checkpoint)
 
     topology = make_topology(config)
     members = len(topology.dit_ranks)
@@ -211,7 +213,7 @@ def explain_config(config: Config) -> Explanation:
                 rank=rank,
                 role="vae" if member is None else "dit" if topology.vae_ranks else "dit+vae",
                 device=_device(config, rank),
-                weight_bytes={part: _in_memory(config, part, parameters[part]) for part in holds if holds[part]},
+                weight_bytes={part: weights[part] or 0 for part in holds if holds[part]},
                 video_tokens=0 if member is None else sequence.video_counts[place],
                 text_tokens=0 if member is None else sequence.text_counts[place],
                 heads=heads,
@@ -238,7 +240,7 @@ def explain_config(config: Config) -> Explanation:
         video_tokens=grid.video,
         text_tokens=text,
         conditioning_bytes=conditioning * receivers,
-        latent_bytes=latent_bytes if topology.vae_ranks else 0,
+        latent_bytes=latent_bytes * len(topology.decode_teams[0]) if topology.vae_ranks else 0,
         exchange_bytes=sum(
             request.num_inference_steps * (rank.exchange_bytes_per_step + rank.branch_bytes_per_step)
             + rank.gather_bytes_per_clip
@@ -301,31 +303,6 @@ def _facts(config: Config, family: Family) -> tuple[ModelFacts, str, bool]:
     except CheckpointUnreachableError:
         why = f"the published {published.location}, because {config.model.weights} cannot be reached"
         return published.facts, why, True
-
-
-def _parameters(config: Config, family: Family, published: bool) -> tuple[dict[str, int | None], str]:
-    """Parameters by part, None where nobody knows, and where the numbers come from."""
-    checkpoint = Checkpoint(config.model.weights, config.model.revision)
-    if published or config.model.weights == family.published.location:
-        counts: dict[str, int | None] = dict(family.published.parameters)
-        source = f"the published parameter counts of {family.published.location}"
-    else:
-        counts = {folder: checkpoint.num_parameters(folder) for folders in family.parts.values() for folder in folders}
-        source = f"the safetensors headers of {config.model.weights}"
-        if None in counts.values():
-            source = "nowhere: there are no safetensors files to look at on this machine"
-    parts: dict[str, int | None] = {}
-    for part, folders in family.parts.items():
-        known = [count for folder in folders if (count := counts[folder]) is not None]
-        parts[part] = sum(known) if len(known) == len(folders) else None
-    return parts, source
-
-
-def _in_memory(config: Config, part: str, parameters: int | None) -> int:
-    """Bytes of a part's weights in the precision it is loaded in; 0 where the count is not known."""
-    m = config.model
-    dtype = {"text_encoder": m.text_encoder_dtype, "denoiser": None, "decoder": m.vae_dtype}[part] or m.dtype
-    return (parameters or 0) * DTYPES[dtype].itemsize
 
 
 def _device(config: Config, rank: int) -> str:

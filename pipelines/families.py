@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
+import torch
 from torch import Tensor
 
 from dit_group.worker import Denoiser
@@ -13,7 +14,7 @@ from vae_group.worker import Decoder
 from videopipe.config import Config
 from videopipe.geometry import LatentGeometry
 from videopipe.records import VideoRequest
-from videopipe.runtime import Runtime
+from videopipe.runtime import DTYPES, Runtime
 
 
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +110,15 @@ class Family(Protocol):
     def evaluations(self, request: VideoRequest) -> int:
         """How often a step evaluates the DiT for one clip, one after the other or as rows of a batch."""
 
+    def weight_bytes(self, config: Config, checkpoint: Checkpoint | None) -> tuple[dict[str, int | None], str]:
+        """Bytes of each part's weights on the device of a rank that loads it, and where the numbers come from.
+
+        Args:
+            checkpoint: None for the published one.
+        Returns:
+            None for a part that nobody knows the size of.
+        """
+
     def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:
         """Who has which tokens and sends what; None where each layer exchanges q, k, v and output by the strategy."""
 
@@ -122,7 +132,7 @@ class Family(Protocol):
         """Prepare to help the DiT group; there are no weights to load."""
 
     def load_decoder(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> Decoder:
-        """Load the VAE onto the rank's device."""
+        """Load the VAE onto the rank's device, to decode with the rank's team."""
 
 
 FAMILIES = {
@@ -135,3 +145,33 @@ def load_family(name: str) -> Family:
     """The family of that name from the table."""
     module, attribute = FAMILIES[name].split(":")
     return getattr(importlib.import_module(module), attribute)()
+
+
+def count_parameters(
+    published: PublishedModel, folders_of: Mapping[str, tuple[str, ...]], checkpoint: Checkpoint | None
+) -> tuple[dict[str, int | None], str]:
+    """Parameters of each part and where the numbers come from; None where nobody knows.
+
+    Args:
+        folders_of: the checkpoint's folders by part.
+        checkpoint: whose safetensors headers are read; None for the published counts.
+    """
+    if checkpoint is None:
+        counts: dict[str, int | None] = dict(published.parameters)
+        source = f"the published parameter counts of {published.location}"
+    else:
+        counts = {folder: checkpoint.num_parameters(folder) for folders in folders_of.values() for folder in folders}
+        source = f"the safetensors headers of {checkpoint.location}"
+        if None in counts.values():
+            source = "nowhere: there are no safetensors files to look at on this machine"
+    parts: dict[str, int | None] = {}
+    for part, folders in folders_of.items():
+        known = [count for folder in folders if (count := counts[folder]) is not None]
+        parts[part] = sum(known) if len(known) == len(folders) else None
+    return parts, source
+
+
+def part_dtype(config: Config, part: str) -> torch.dtype:
+    """The precision that a part's weights are loaded in."""
+    m = config.model
+    return DTYPES[{"text_encoder": m.text_encoder_dtype, "denoiser": None, "decoder": m.vae_dtype}[part] or m.dtype]

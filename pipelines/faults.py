@@ -6,6 +6,14 @@ from pipelines.launch import RankEnded
 from videopipe.config import FaultsConfig
 from videopipe.messages import Heartbeat, RankFailed
 
+TRANSFERS = (
+    "videopipe/exchange.py",
+    "videopipe/runtime.py",
+    "vae_group/halo.py",
+    "distributed/distributed_c10d.py",
+)
+"""Files whose functions wait for other ranks."""
+
 GRACE_S = 0.4
 """How long after the first sign of a failure others are collected, so that the cause is told from its consequences."""
 
@@ -77,7 +85,7 @@ class FaultDetector:
 
     def raised(self, rank: int, failure: RankFailed, now: float) -> None:
         """A rank reported that it cannot go on."""
-        in_transfer = "videopipe/exchange.py" in failure.traceback or "videopipe/runtime.py" in failure.traceback
+        in_transfer = any(file in failure.traceback for file in TRANSFERS)
         what = f"raised {failure.kind}: {failure.message}"
         if failure.out_of_memory:
             what = f"ran out of memory ({failure.message})"

@@ -5,17 +5,27 @@ configuration needs neither.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint, CheckpointError
-from pipelines.families import Assistant, FamilyLayout, ModelFacts, PublishedModel, TextEncoder
+from pipelines.families import (
+    Assistant,
+    FamilyLayout,
+    ModelFacts,
+    PublishedModel,
+    TextEncoder,
+    count_parameters,
+    part_dtype,
+)
 from pipelines.pipeline import VideoPipeline
 from vae_group.worker import Decoder
 from videopipe.config import Config
 from videopipe.geometry import LatentGeometry
 from videopipe.records import VideoRequest
 from videopipe.runtime import Runtime
+
+DIT_CONFIG = "transformer/config.json"
 
 
 class HunyuanVideoPipeline(VideoPipeline):
@@ -26,7 +36,7 @@ class HunyuanVideoPipeline(VideoPipeline):
 
 def latent_geometry(checkpoint: Checkpoint) -> LatentGeometry:
     """Strides and patches from the config files; absent keys have diffusers' defaults."""
-    dit, vae = checkpoint.json("transformer/config.json"), checkpoint.json("vae/config.json")
+    dit, vae = checkpoint.json(DIT_CONFIG), checkpoint.json("vae/config.json")
     return LatentGeometry(
         channels=dit.get("in_channels", 16),
         stride_t=vae.get("temporal_compression_ratio", 4),
@@ -34,6 +44,14 @@ def latent_geometry(checkpoint: Checkpoint) -> LatentGeometry:
         patch_t=dit.get("patch_size_t", 1),
         patch_s=dit.get("patch_size", 2),
     )
+
+
+def modulation_parameters(dit: Mapping[str, Any]) -> int:
+    """Parameters of the layers that make shift, scale and gate, by transformer/config.json or diffusers' defaults."""
+    width = dit.get("num_attention_heads", 24) * dit.get("attention_head_dim", 128)
+    # six vectors for each stream of a dual block, three for a single block, two at the end
+    vectors = 12 * dit.get("num_layers", 20) + 3 * dit.get("num_single_layers", 40) + 2
+    return vectors * (width * width + width)
 
 
 def has_second_branch(request: VideoRequest) -> bool:
@@ -74,7 +92,7 @@ class HunyuanVideo:
 
     def facts(self, checkpoint: Checkpoint) -> ModelFacts:
         """Sizes from transformer/config.json and vae/config.json; absent keys have diffusers' defaults."""
-        dit, vae = checkpoint.json("transformer/config.json"), checkpoint.json("vae/config.json")
+        dit, vae = checkpoint.json(DIT_CONFIG), checkpoint.json("vae/config.json")
         for part, config, expected in (
             ("transformer", dit, "HunyuanVideoTransformer3DModel"),
             ("vae", vae, "AutoencoderKLHunyuanVideo"),
@@ -111,6 +129,14 @@ class HunyuanVideo:
     def evaluations(self, request: VideoRequest) -> int:
         """2 with a negative prompt and true_cfg_scale above 1, else 1."""
         return 2 if has_second_branch(request) else 1
+
+    def weight_bytes(self, config: Config, checkpoint: Checkpoint | None) -> tuple[dict[str, int | None], str]:
+        """By parameter counts; without the layers that `memory.precompute_modulation` keeps in host memory."""
+        counts, source = count_parameters(self.published, self.parts, checkpoint)
+        if config.memory.precompute_modulation and counts["denoiser"] is not None:
+            counts["denoiser"] -= modulation_parameters({} if checkpoint is None else checkpoint.json(DIT_CONFIG))
+        sizes = {p: None if n is None else n * part_dtype(config, p).itemsize for p, n in counts.items()}
+        return sizes, source
 
     def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:
         """None: every layer exchanges by the strategy."""

@@ -10,6 +10,8 @@ Source: HunyuanVideo (arXiv 2412.03603) as implemented by diffusers' `Autoencode
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from math import ceil
 from typing import Any
 
 import torch
@@ -95,8 +97,8 @@ def exact_encode(
             model.config, (frames, height, width), team.members, video.element_size(), memory_bytes=memory_bytes
         )
     stride = model.spatial_compression_ratio
-    bounds = [min(start * stride, height) for start in offsets(split_evenly(-(-height // stride), team.members))]
-    rows = Rows(team=team, counts=tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False)))
+    bounds = [min(start * stride, height) for start in offsets(split_evenly(ceil(height / stride), team.members))]
+    rows = Rows(team=team, counts=tuple(end - start for start, end in pairwise(bounds)))
     network = _Network(team, plan)
     x, rows = network.run(Held([video.narrow(3, bounds[team.member], rows.own)]), rows, _encoder_stages(model.encoder))
     out = CausalConv(model.quant_conv, rows)
@@ -114,17 +116,20 @@ class _Stage:
 
 
 def _decoder_stages(decoder: Any) -> list[_Stage]:
-    entry, repeat, blocks, stages = decoder.conv_in, (1, 1, 1), _mid_blocks(decoder.mid_block), []
+    stages: list[_Stage] = []
+    entry, repeat, blocks = decoder.conv_in, (1, 1, 1), _mid_blocks(decoder.mid_block)
     for block in decoder.up_blocks:
         blocks.extend(block.resnets)
         for upsampler in block.upsamplers or ():
             stages.append(_Stage(entry=_convolution(entry), repeat=repeat, blocks=blocks))
-            entry, repeat, blocks = upsampler.conv, tuple(int(f) for f in upsampler.upsample_factor), []
+            in_time, in_rows, in_cols = upsampler.upsample_factor
+            entry, repeat, blocks = upsampler.conv, (in_time, in_rows, in_cols), []
     return [*stages, _Stage(entry=_convolution(entry), repeat=repeat, blocks=blocks)]
 
 
 def _encoder_stages(encoder: Any) -> list[_Stage]:
-    entry, blocks, stages = encoder.conv_in, [], []
+    stages: list[_Stage] = []
+    entry, blocks = encoder.conv_in, []
     for block in encoder.down_blocks:
         blocks.extend(block.resnets)
         for downsampler in block.downsamplers or ():

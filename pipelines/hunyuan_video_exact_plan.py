@@ -7,11 +7,12 @@ resolution (stage) of the network has its own level of holding; the fastest leve
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import product
-from math import log2
+from itertools import pairwise, product
+from math import ceil, log2
 from typing import Any
 
 from vae_group.group_norm import PIECE
+from videopipe.partition import split_evenly
 
 SLAB_BYTES = (2**28, 2**26, 0)
 """Sizes of the widest slab that are tried, the largest first; 0 is one frame at a time."""
@@ -71,9 +72,8 @@ class StageShape:
         """With its own size, from that of its input."""
         (T, h, W), up, down = source, self.repeat, self.stride
         seen = (1 + (T - 1) * up[0], h * up[1], W * up[2])
-        size = tuple((n - 1) // s + 1 for n, s in zip(seen, down, strict=True))
-        whole = (height * up[1] - 1) // down[1] + 1
-        return replace(self, source=source, size=size, height=whole)
+        T, h, W = (ceil(n / s) for n, s in zip(seen, down, strict=True))
+        return replace(self, source=source, size=(T, h, W), height=ceil(height * up[1] / down[1]))
 
 
 def plan_decode(
@@ -98,7 +98,7 @@ def plan_decode(
         ValueError: nothing fits into the room; the least that is needed is named.
     """
     T, H, W = latents
-    stages = _sized(decoder_stages(config), (T, -(-H // members), W), H)
+    stages = _sized(decoder_stages(config), (T, split_evenly(H, members)[0], W), H)
     return _plan("decode", stages, config["out_channels"], members, itemsize, memory_bytes, levels)
 
 
@@ -114,7 +114,7 @@ def plan_encode(
     """How to encode a clip of (T, H, W) pixels exactly; otherwise as `plan_decode`."""
     T, H, W = video
     stride = config["spatial_compression_ratio"]
-    rows = min(H, -(-(-(-H // stride)) // members) * stride)  # whole latent rows
+    rows = min(H, split_evenly(ceil(H / stride), members)[0] * stride)  # whole latent rows
     stages = _sized(encoder_stages(config), (T, rows, W), H)
     return _plan("encode", stages, 2 * config["latent_channels"], members, itemsize, memory_bytes, levels)
 
@@ -198,7 +198,7 @@ def _plan(
 def _choices(stages: Sequence[StageShape]) -> Iterator[tuple[Level, ...]]:
     """Levels worth trying: after a stage that holds nothing the next one holds its input, or it would all run again."""
     for levels in product(*([Level.HOLD] if stage.attention else list(Level) for stage in stages)):
-        if all(b == Level.HOLD for a, b in zip(levels, levels[1:], strict=False) if a == Level.STREAM):
+        if all(b == Level.HOLD for a, b in pairwise(levels) if a == Level.STREAM):
             yield levels
 
 
@@ -217,7 +217,7 @@ class _Memory:
         self._stage = stage
         T, h, W = stage.size
         self.clip = T * h * W
-        self.frames = min(T, -(-frames * stage.repeat[0] // stage.stride[0]))
+        self.frames = min(T, ceil(frames * stage.repeat[0] / stage.stride[0]))
         self._row = h * W
         self._bordered = (h + 2) * (W + 2)
 
@@ -250,10 +250,10 @@ class _Memory:
         """The past that the entering convolution keeps, and what it needs while it works on a slab."""
         stage = self._stage
         channels, out = stage.entry
-        (T, h, W), up = stage.source, stage.repeat
+        (_, h, W), up = stage.source, stage.repeat
         bordered = channels * (h * up[1] + 2) * (W * up[2] + 2)
         past = bordered * (1 + stage.stride[0])
-        frames = -(-self.frames * stage.stride[0] // up[0])
+        frames = ceil(self.frames * stage.stride[0] / up[0])
         seen = past + bordered * frames * up[0]
         return past, channels * frames * h * W + seen + max(past, self.slab(out))
 

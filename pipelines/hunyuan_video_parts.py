@@ -4,7 +4,7 @@ Source: HunyuanVideo (arXiv 2412.03603) as implemented by diffusers' `HunyuanVid
 same, divided between the ranks that own each part.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,11 +35,15 @@ from dit_group.plan import Place, Shard, apply_plan
 from dit_group.record import Keep, observing
 from dit_group.shards import exchange_branches, gather_latents
 from pipelines.checkpoint import Checkpoint, CheckpointError
+from pipelines.decode_memory import hunyuan_within
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import has_second_branch, latent_geometry
-from pipelines.parallel import both_halves, own_half, sequence_parallel
+from pipelines.hunyuan_video_exact import hunyuan_exact
+from pipelines.parallel import both_halves, decode_team, own_half, sequence_parallel
 from vae_group.decode import to_frames
-from videopipe.config import Config
+from vae_group.memory import bytes_at_hand, bytes_needed
+from vae_group.team import Part, PartDecoder, Team
+from videopipe.config import Config, DecodeConfig
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
 
@@ -457,7 +461,7 @@ def branch_prefixes(request: VideoRequest) -> tuple[str, ...]:
 
 
 class HunyuanVideoDecoder:
-    """The VAE of one rank."""
+    """The VAE of one rank, and how its team decodes with it."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
         options: dict[str, Any] = {"revision": checkpoint.revision}
@@ -471,10 +475,25 @@ class HunyuanVideoDecoder:
         if config.decode.tiling:
             self.vae.enable_tiling()
         self._device = runtime.device
+        self._team = decode_team(runtime)
+        self._decode = part_decoder(self.vae, config.decode)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
-        """Latents [1, C, T', H', W'] -> frames [T, H, W, 3] on the host, uint8 or float32 in 0..1."""
+    def parts(self, latents: Tensor) -> Iterator[Part]:
+        """Latents [1, C, T', H', W'] float32 on the host -> this member's parts of the clip."""
         scaled = latents.to(self._device).to(self.vae.dtype) / self.vae.config.scaling_factor
-        video = self.vae.decode(scaled, return_dict=False)[0]  # [1, 3, T, H, W] in -1..1
-        return to_frames(video, dtype).to("cpu")
+        yield from self._decode(scaled, self._team)
+
+    def to_frames(self, video: Tensor, dtype: torch.dtype) -> Tensor:
+        """A part's video [1, 3, t, h, W] -> frames [t, h, W, 3], uint8 or float32 in 0..1."""
+        return to_frames(video, dtype)
+
+
+def part_decoder(vae: AutoencoderKLHunyuanVideo, decode: DecodeConfig) -> PartDecoder:
+    """What decodes a clip in the configured way; without `exact` with the numbers of `vae.decode` in every mode."""
+
+    def exactly(latents: Tensor, team: Team) -> Iterator[Part]:
+        room = bytes_at_hand(latents.device, decode.memory_limit, team)
+        return hunyuan_exact(vae, room // bytes_needed(1, latents.device))(latents, team)
+
+    return exactly if decode.exact else hunyuan_within(vae, decode)

@@ -43,10 +43,20 @@ class RankEnded(msgspec.Struct, frozen=True):
     code: int
 
     def describe(self) -> str:
-        """`was killed by SIGKILL`, `exited with code 1`."""
-        if self.code < 0:
-            return f"was killed by {signal.Signals(-self.code).name}"
-        return f"exited with code {self.code}"
+        """See `describe_exit`."""
+        return describe_exit(self.code)
+
+
+def describe_exit(code: int) -> str:
+    """`was killed by SIGKILL` (minus the signal as the code), `exited with code 1`."""
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+
+
+def module_environment() -> dict[str, str]:
+    """The environment in which `python -m` finds our packages: the checkout need not be the working directory."""
+    package_root = str(Path(__file__).resolve().parent.parent)
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 class Launcher(Protocol):
@@ -80,14 +90,12 @@ class LocalLauncher:
     """
 
     def __init__(self, preload: Sequence[str] = ()) -> None:
-        # a CUDA check by NVML leaves no driver state behind that a fork would break; the checkout need not be the cwd
-        package_root = str(Path(__file__).resolve().parent.parent)
-        paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        # a CUDA check by NVML leaves no driver state behind that a fork would break
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipelines.zygote", *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "PYTHONPATH": os.pathsep.join(paths)},
+            env={**module_environment(), "PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
             start_new_session=True,
             bufsize=0,
         )

@@ -187,15 +187,32 @@ def guide(v: Tensor, guidance_scale: float) -> Tensor:
 def denoise_step(
     scheduler: ZeroSNREulerAncestralScheduler, latents: Tensor, v: Tensor, t: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """The state after one step, [1, C, T', H', W'] fp32. Draws fresh noise from `generator`, in the last step too.
-
-    Raises:
-        FloatingPointError: the denoiser's output holds NaN or infinities.
-    """
-    if not bool(torch.isfinite(v).all()):
-        raise FloatingPointError(f"the denoiser gave NaN or infinity at timestep {float(t):g}")
+    """The state after one step, [1, C, T', H', W'] fp32. Draws fresh noise from `generator`, in the last step too."""
     (after,) = scheduler.step(v.float(), t, latents, generator=generator, return_dict=False)[:1]
     return after
+
+
+class FiniteCheck:
+    """Whether all that the denoiser gave for a clip was finite, asked once: an answer after each step halts a GPU."""
+
+    def __init__(self) -> None:
+        self._finite: list[tuple[Tensor, Tensor]] = []
+
+    def note(self, v: Tensor, t: Tensor) -> None:
+        """What the denoiser gave at timestep `t`; waits for nothing."""
+        self._finite.append((torch.isfinite(v).all(), t))
+
+    def finish(self, latents: Tensor) -> Tensor:
+        """The latents after the steps so far, if they and all that was noted are finite.
+
+        Raises:
+            FloatingPointError: names the first timestep at which the denoiser gave NaN or infinity.
+        """
+        finite = torch.stack([flag for flag, _ in self._finite] + [torch.isfinite(latents).all()]).tolist()
+        if not all(finite):
+            first = min(finite.index(False), len(self._finite) - 1)  # latents alone: of another rank, in the last step
+            raise FloatingPointError(f"the denoiser gave NaN or infinity at timestep {float(self._finite[first][1]):g}")
+        return latents
 
 
 def denoise(
@@ -216,10 +233,12 @@ def denoise(
     check_request(spec, num_inference_steps)
     scheduler = start_scheduler(num_inference_steps, transformer.device)
     latents = initial_latents(spec, scheduler, generator).to(transformer.device)
+    check = FiniteCheck()
     for t in scheduler.timesteps:
         v = guide(predict(transformer, scheduler, latents, t, text), guidance_scale)
+        check.note(v, t)
         latents = denoise_step(scheduler, latents, v, t, generator)
-    return latents
+    return check.finish(latents)
 
 
 def decode_pixels(vae: WFVAEModel, latents: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
@@ -228,15 +247,29 @@ def decode_pixels(vae: WFVAEModel, latents: Tensor, chunk: int | None = None) ->
     Args:
         chunk: latent frames decoded at a time; None for the whole clip. The frames are the same.
     """
-    z = vae.unscale_latents(latents.float()).to(device=vae.device, dtype=vae.dtype)
-    for sample in vae.decode_stream(z, chunk):
-        yield (sample.float() / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+    for video in vae.decode_stream(vae_latents(vae, latents), chunk):
+        yield to_pixels(video)
 
 
 def decode_frames(vae: WFVAEModel, latents: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
     """As `decode_pixels`, uint8: cut off, not rounded, as upstream."""
     for pixels in decode_pixels(vae, latents, chunk):
-        yield (pixels * 255).to(torch.uint8)
+        yield to_bytes(pixels)
+
+
+def vae_latents(vae: WFVAEModel, latents: Tensor) -> Tensor:
+    """The denoiser's latents [1, C, T', H', W'] as the VAE takes them, on its device."""
+    return vae.unscale_latents(latents.float()).to(device=vae.device, dtype=vae.dtype)
+
+
+def to_pixels(video: Tensor) -> Tensor:
+    """What the VAE gives [1, 3, t, h, W] -> [t, h, W, 3] fp32 in 0..1."""
+    return (video.float() / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 3, 0)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Pixels in 0..1 -> uint8, cut off."""
+    return (pixels * 255).to(torch.uint8)
 
 
 @torch.no_grad()

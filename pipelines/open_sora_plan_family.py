@@ -13,7 +13,15 @@ from torch import Tensor
 
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint, CheckpointError, CheckpointUnreachableError
-from pipelines.families import Assistant, FamilyLayout, ModelFacts, PublishedModel, TextEncoder
+from pipelines.families import (
+    Assistant,
+    FamilyLayout,
+    ModelFacts,
+    PublishedModel,
+    TextEncoder,
+    count_parameters,
+    part_dtype,
+)
 from pipelines.models.open_sora_plan_layout import check_steps, find_folders
 from pipelines.models.skip_sparse import block_sparsity
 from pipelines.pipeline import VideoPipeline
@@ -26,6 +34,9 @@ from videopipe.runtime import Runtime
 
 DIT_CLASSES = ("OpenSoraT2V_v1_3", "OpenSoraPlanTransformer3DModel")
 """`_class_name` in the denoiser's config.json: the official checkpoint's, and that of a converted one."""
+
+MT5_FP32_PARAMETERS = 24 * 4096 * 10240
+"""Of mT5-xxl's encoder, the `wo` of its MLPs, which stay in fp32 when the rest is fp16."""
 
 GEOMETRY = LatentGeometry(channels=8, stride_t=4, stride_s=8, patch_t=1, patch_s=2)
 
@@ -167,6 +178,22 @@ class OpenSoraPlan:
     def evaluations(self, request: VideoRequest) -> int:
         """2 where guidance is on, as two rows of a batch, else 1."""
         return 2 if request.guidance_scale > 1 else 1
+
+    def weight_bytes(self, config: Config, checkpoint: Checkpoint | None) -> tuple[dict[str, int | None], str]:
+        """By the models that the checkpoint's config files describe, whatever its weights are stored in."""
+        parts = ("text_encoder", "denoiser", "decoder")
+        sizes: dict[str, int | None]
+        if checkpoint is None:
+            counts, source = count_parameters(self.published, self.parts, None)
+            sizes = {part: (counts[part] or 0) * part_dtype(config, part).itemsize for part in parts}
+            if part_dtype(config, "text_encoder") == torch.float16:
+                sizes["text_encoder"] = 2 * ((counts["text_encoder"] or 0) + MT5_FP32_PARAMETERS)
+            return sizes, source
+        from pipelines.models.open_sora_plan_loading import loaded_bytes
+
+        dtypes = (part_dtype(config, part) for part in parts)
+        found = loaded_bytes(find_folders(Path(checkpoint.location)), *dtypes)
+        return dict(zip(parts, found, strict=True)), f"the config files of {checkpoint.location}"
 
     def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:
         """By groups of skip-sparse attention, see `pipelines.skip_sparse_layout`."""

@@ -5,7 +5,7 @@ The steps are those of `pipelines.open_sora_plan`, divided between the ranks tha
 Source: Open-Sora Plan (arXiv 2412.00131); the exchange of heads is DeepSpeed-Ulysses (arXiv 2309.14509).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from dit_group.denoise import Denoising
 from dit_group.record import Keep, observing
 from dit_group.shards import exchange_branches, gather_latents
 from pipelines.checkpoint import Checkpoint
+from pipelines.decode_memory import wfvae_within
 from pipelines.families import ModelFacts
 from pipelines.models.open_sora_plan import TextContext
 from pipelines.models.open_sora_plan_layout import find_folders
@@ -29,22 +30,26 @@ from pipelines.models.open_sora_plan_loading import (
     load_transformer,
     load_vae,
 )
-from pipelines.models.wf_vae import DEFAULT_DECODE_CHUNK
+from pipelines.models.wf_vae import WFVAEModel
 from pipelines.open_sora_plan import (
+    FiniteCheck,
     PromptEmbeds,
-    decode_frames,
-    decode_pixels,
     denoise_step,
     encode_prompt,
     guide,
     predict,
     prompt_rows,
     start_scheduler,
+    to_bytes,
+    to_pixels,
     trim_text,
+    vae_latents,
 )
 from pipelines.open_sora_plan_attention import GroupParallel, layer_kernels, parallelize
-from pipelines.parallel import both_halves, own_half, sequence_parallel
-from videopipe.config import Config
+from pipelines.open_sora_plan_decode import wfvae_exact
+from pipelines.parallel import both_halves, decode_team, own_half, sequence_parallel
+from vae_group.team import Part, PartDecoder, Team
+from videopipe.config import Config, DecodeConfig
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
 
@@ -137,13 +142,16 @@ class OpenSoraPlanDenoiser:
                 v = torch.cat(exchange_branches(v.to(self.transformer.dtype), layout(()), self._geometry)).float()
             return guide(v, request.guidance_scale)
 
+        check = FiniteCheck()
+
         def advance(v: Tensor, timestep: Tensor, latents: Tensor) -> Tensor:
+            check.note(v, timestep)
             return denoise_step(scheduler, latents, v, timestep, generator)
 
         start = noise * scheduler.init_noise_sigma.to(noise.device)
 
         def gather(latents: Tensor) -> Tensor:
-            return latents if parallel is None else gather_latents(latents, layout(()), self._geometry)
+            return check.finish(latents if parallel is None else gather_latents(latents, layout(()), self._geometry))
 
         return Denoising(predict_v, advance, start, scheduler.timesteps, gather)
 
@@ -200,18 +208,44 @@ class OpenSoraPlanAssistant:
 
 
 class OpenSoraPlanDecoder:
-    """The VAE of one rank; `decode.tiling` decodes in chunks of time, with the same result."""
+    """The VAE of one rank, and how its team decodes with it; chunks of time give the same result as the whole clip."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime) -> None:
         folder = find_folders(Path(checkpoint.location)).vae
         dtype = DTYPES[config.model.vae_dtype or config.model.dtype]
         self.vae = load_vae(folder, dtype, runtime.device).eval()
-        self._chunk = DEFAULT_DECODE_CHUNK if config.decode.tiling else None
         self._device = runtime.device
+        self._team = decode_team(runtime)
+        self._decode = part_decoder(self.vae, config.decode)
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
-        """Latents [1, C, T', H', W'] -> frames [T, H, W, 3] on the host, uint8 (cut off) or float32 in 0..1."""
-        frames = decode_frames if dtype == torch.uint8 else decode_pixels
-        pieces = [piece.cpu() for piece in frames(self.vae, latents.to(self._device), self._chunk)]
-        return torch.cat(pieces).contiguous()
+    def parts(self, latents: Tensor) -> Iterator[Part]:
+        """Latents [1, C, T', H', W'] float32 on the host -> this member's parts of the clip."""
+        yield from self._decode(vae_latents(self.vae, latents.to(self._device)), self._team)
+
+    def to_frames(self, video: Tensor, dtype: torch.dtype) -> Tensor:
+        """A part's video [1, 3, t, h, W] -> frames [t, h, W, 3], uint8 (cut off) or float32 in 0..1."""
+        pixels = to_pixels(video)
+        return (to_bytes(pixels) if dtype == torch.uint8 else pixels).contiguous()
+
+
+def part_decoder(vae: WFVAEModel, decode: DecodeConfig) -> PartDecoder:
+    """What decodes a clip in the configured way; the frames are those of the whole clip in every mode.
+
+    Raises:
+        ValueError: several ranks for one clip of a model whose norms look at all of it.
+    """
+    if decode.mode != "clip" and vae.config.norm_type != "layernorm":
+        raise ValueError(
+            f"decode.mode={decode.mode!r} needs a VAE whose norms look at single pixels, but norm_type="
+            f"{vae.config.norm_type!r} has the statistics of the whole clip, nearest is 'clip'"
+        )
+
+    def whole_clip(latents: Tensor, team: Team) -> Iterator[Part]:
+        assert team.members == 1, team
+        yield Part(video=torch.cat(list(vae.decode_stream(latents, None)), dim=2))
+
+    def in_chunks(chunk: int | None) -> PartDecoder:
+        return whole_clip if chunk is None else wfvae_exact(vae, chunk)
+
+    return wfvae_within(vae, decode, whole=decode.mode == "clip" and not decode.tiling, decoder=in_chunks)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from dit_group.attention import Branch, SequenceParallel
+from vae_group.team import Team
 from videopipe.config import Config
 from videopipe.runtime import Runtime
 
@@ -82,3 +83,9 @@ def own_half(
     assert runtime.dit_member is not None, runtime.rank
     half = runtime.dit_member // len(runtime.branches.halves[0].ranks)
     return half_parallel(config, runtime, num_heads, half, make)
+
+
+def decode_team(runtime: Runtime) -> Team:
+    """This rank's place among the ranks that decode a clip together."""
+    members = runtime.decode_team
+    return Team(group=runtime.decode_group, member=members.index(runtime.rank), members=len(members))

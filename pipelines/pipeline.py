@@ -21,8 +21,9 @@ from torch import Tensor
 
 from dit_group.attention import MERGING
 from dit_group.kernels import check_kernel
+from pipelines.batch import Batch, Finished, FramesListener, Job
 from pipelines.checkpoint import Checkpoint
-from pipelines.engine import Batch, Engine, Finished, Job, Progress
+from pipelines.engine import Engine, Progress
 from pipelines.families import ModelFacts, load_family
 from pipelines.launch import LocalLauncher, RankSpec
 from videopipe.config import Config, ConfigError, check_config, load_config
@@ -31,9 +32,9 @@ from videopipe.geometry import VideoSpec
 from videopipe.handover import make_run_directory
 from videopipe.partition import Mesh
 from videopipe.records import VideoRequest, default_id
-from videopipe.rendering import RenderResult
+from videopipe.rendering import RenderResult, check_output
 from videopipe.runtime import DTYPES
-from videopipe.trace import Trace
+from videopipe.trace import ENGINE_RANK, SpanRecorder, Trace
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[[Any, int, int, dict[str, Any]], Any]
@@ -145,7 +146,12 @@ class VideoPipeline:
     # -- rendering
 
     def render(
-        self, requests: Iterable[VideoRequest | str], *, record_to: str | Path | None = None
+        self,
+        requests: Iterable[VideoRequest | str],
+        *,
+        save_to: str | Path | None = None,
+        record_to: str | Path | None = None,
+        on_frames: FramesListener | None = None,
     ) -> Iterator[RenderResult]:
         """Render many requests; yields each clip as it finishes, which need not be in the order of the requests.
 
@@ -154,13 +160,26 @@ class VideoPipeline:
         iteration early cancels what has not been rendered.
 
         Args:
+            save_to: a directory for `<id>.<ext>` and `<id>.json`, as `RenderResult.save_to` writes them. Frames then go
+                from the decoding rank to a writer process, and encoding overlaps with rendering; a slow disk holds the
+                ranks back. A result comes when its clip is on disk, with `path` in place of frames. One that cannot
+                be written has `error` instead, its latents are kept, and the others go on.
             record_to: a directory for `<id>.steps/`, the tensors of every denoising step as `videopipe compare` reads
                 them, with `output.record_blocks` blocks. Earlier recordings of the same ids are replaced.
+            on_frames: called as (request id, first frame, frames [t, H, W, 3]) for the frames of every clip as they
+                are decoded, before the clip is yielded, see `pipelines.batch.FramesListener`; with `decode.mode`
+                "stream" or "tiles" the first come while others are being decoded.
         Raises:
             ValueError: a request that this model cannot render, an id twice, or a configuration that records without
                 a directory to record to; before anything is rendered.
+            OSError: the directory cannot be made.
             RankError: a rank was lost; the pipeline cannot be used any more, clips already given out are not touched.
         """
+        checked = self._checked(requests)
+        if save_to is not None:
+            for request in checked:
+                check_output(self._config.output, request.spec, f"{request.id}: ")
+            Path(save_to).mkdir(parents=True, exist_ok=True)
         if record_to is None:
             self._check_recording()
         jobs = [
@@ -168,10 +187,11 @@ class VideoPipeline:
                 request=request,
                 result=self._result_kind(),
                 record_to=None if record_to is None else Path(record_to) / f"{request.id}.steps",
+                save_to=None if save_to is None else Path(save_to),
             )
-            for request in self._checked(requests)
+            for request in checked
         ]
-        batch = self._engine.submit(jobs)
+        batch = self._engine.submit(jobs, on_frames)
         results = self._results(batch)
         weakref.finalize(results, batch.abandon).atexit = False  # a generator that never began runs no `finally`
         return results
@@ -181,14 +201,24 @@ class VideoPipeline:
             yield self._result(finished)
 
     def _result(self, finished: Finished) -> RenderResult:
-        latents = finished.job.result == "latents"
-        return RenderResult(
-            request_id=finished.job.request.id,
+        job, failure = finished.job, finished.failure
+        latents = job.result == "latents" or failure is not None
+        result = RenderResult(
+            request_id=job.request.id,
             frames=None if latents else finished.array,
-            latents=torch.from_numpy(finished.array) if latents else None,
+            latents=torch.from_numpy(finished.array) if latents and finished.array is not None else None,
             side_car=finished.side_car,
             output=self._config.output,
+            path=None if finished.path is None else _in(job.save_to, finished.path),
         )
+        if failure is not None:
+            return result.rescued(_in(job.save_to, failure.path), failure.cause)
+        if latents and job.save_to is not None:  # they are small: no writer is asked
+            recorder = SpanRecorder(ENGINE_RANK)
+            with recorder.span("write", request=job.request.id):
+                result = result.saved_to(job.save_to)
+            self.trace.add(recorder.drain())
+        return result
 
     def _check_recording(self) -> None:
         """Refuse to leave out a recording that the configuration asks for."""
@@ -455,6 +485,12 @@ def _without_none(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _row(given: Mapping[str, Tensor], index: int) -> dict[str, Tensor] | None:
     return {name: tensor[index : index + 1] for name, tensor in given.items()} or None
+
+
+def _in(directory: Path | None, path: str) -> Path:
+    """The absolute path of a file in `directory` as the caller has named it."""
+    assert directory is not None, path
+    return directory / Path(path).name
 
 
 def _assemble(arrays: list[NDArray[Any]], output_type: OutputType) -> Any:

@@ -8,7 +8,6 @@ import threading
 import time
 import traceback
 from collections import deque
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,7 +20,9 @@ from transformers.utils import logging as transformers_logging
 from dit_group.worker import DitWorker
 from pipelines.checkpoint import Checkpoint
 from pipelines.families import Assistant, TextEncoder, load_family
+from pipelines.faults import TRANSFERS
 from pipelines.launch import RankSpec
+from vae_group.retry import TeamOutOfMemoryError
 from vae_group.worker import VaeWorker
 from videopipe.control import ControlClient
 from videopipe.messages import (
@@ -30,6 +31,7 @@ from videopipe.messages import (
     BeginDenoise,
     DecodeLatents,
     EncodePrompt,
+    EndDelivery,
     Envelope,
     FinishDenoise,
     FromRank,
@@ -101,7 +103,7 @@ def run_rank(spec: RankSpec) -> int:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that memory ran out: on the device, in Python, or in torch's CPU allocator."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError, TeamOutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
 
@@ -135,6 +137,7 @@ def _join(spec: RankSpec, device: torch.device) -> Runtime:
         mesh=mesh,
         halved=halved,
         half_mesh=half_mesh,
+        decode_teams=spec.config.decode_teams,
     )
 
 
@@ -251,6 +254,9 @@ class _Rank:
             case DecodeLatents():
                 assert self._vae is not None, "this rank has no VAE"
                 self._vae.decode(message)
+            case EndDelivery():
+                assert self._vae is not None, "this rank has no VAE"
+                self._vae.end_delivery(message)
             case Release(what="latents"):
                 self._dit_worker.release(message.request)
             case Release():
@@ -277,7 +283,7 @@ class _Rank:
             sizes["denoiser"] = _weight_bytes(denoiser)
         if message.decoder:
             decoder = family.load_decoder(checkpoint, config, self._runtime)
-            self._vae = VaeWorker(self._link, decoder, self._recorder, Path(self._spec.run_directory), self.report)
+            self._vae = VaeWorker(self._runtime, self._link, decoder, self._recorder, self.report)
             sizes["decoder"] = _weight_bytes(decoder)
         if config.helper_sets and not message.denoiser:
             self._assistant = family.load_assistant(checkpoint, config, self._runtime)
@@ -343,15 +349,16 @@ class _HeartbeatThread(threading.Thread):
         self.join()
 
 
-_WAITING_IN = ("videopipe/exchange.py", "videopipe/runtime.py")
 _OURS = ("videopipe/", "dit_group/", "vae_group/", "pipelines/")
 
 
 def _locate(frame: FrameType | None) -> tuple[bool, str]:
     """Whether a stack is inside a transfer between ranks, and its innermost line of our own code."""
+    waiting = False
     while frame is not None:
         name = "/".join(frame.f_code.co_filename.split(os.sep)[-2:])
         if name.startswith(_OURS):
-            return name.startswith(_WAITING_IN), f"{name}:{frame.f_lineno}"
+            return waiting or name.startswith(TRANSFERS), f"{name}:{frame.f_lineno}"
+        waiting = waiting or name.startswith(TRANSFERS)
         frame = frame.f_back
     return False, "outside videopipe"

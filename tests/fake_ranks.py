@@ -3,7 +3,8 @@
 Each rank executes its commands one after the other in the order in which they come. Begin, Step and Finish are
 rendezvous of all DiT ranks, and of the VAE ranks that are lent to a step, so a wrong order anywhere ends in a
 deadlock. A hand-over is a send at the leader, which waits for nobody and begins as soon as the leader is between two
-operations, and a receive at the decoding rank, which does wait.
+operations, a receive at each member of a team, which does wait, and a decode, which is a rendezvous of the team; its
+members end it at different times.
 Messages between the scheduler and a rank take random times and keep their order.
 """
 
@@ -155,8 +156,9 @@ class FakeRanks:
         self._steps_out = 0
         self._denoising: set[str] = set()
         self._waiting: dict[str, int] = {}  # our own count of the latents that no rank has been given yet
-        self._given: dict[str, int] = {}  # request -> rank, from hand-over to the end of the decode
-        self._unacknowledged: set[str] = set()
+        self._given: dict[str, tuple[int, ...]] = {}  # request -> team, until all of its members have ended the decode
+        self._at_it: set[tuple[str, int]] = set()  # request and rank: shares of decodes that have not ended
+        self._unacknowledged: set[tuple[str, int]] = set()  # request and rank
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._counter = 0
 
@@ -236,9 +238,10 @@ class FakeRanks:
             case Abandon():
                 return [(r, Op("abandon", command.request)) for r in command.ranks]
             case HandOver():
-                send = Op("send", command.request, partner=command.rank, sequence=command.sequence)
-                decode = Op("decode", command.request, partner=command.leader, sequence=command.sequence)
-                return [(command.leader, send), (command.rank, decode)]
+                send = Op("send", command.request, sequence=command.sequence)
+                receive = Op("receive", command.request, partner=command.leader, sequence=command.sequence)
+                decode = Op("decode", command.request, members=command.ranks)
+                return [(command.leader, send), *((r, op) for r in command.ranks for op in (receive, decode))]
             case Release():
                 return [(command.rank, Op("release", command.request))]
 
@@ -259,22 +262,27 @@ class FakeRanks:
                 self._expect(command.ranks == self.topology.dit_ranks, "a group command misses members", command)
                 lent = set(command.helpers)
                 self._expect(lent <= set(self.topology.vae_ranks), "a rank is lent that is no VAE rank", command)
-                self._expect(not lent & set(self._given.values()), "a rank that decodes is lent", command)
+                self._expect(not lent & self._decoding(), "a rank that decodes is lent", command)
                 self.steps_with_help += bool(lent)
             case HandOver():
-                self._expect(command.rank not in self._given.values(), "a rank gets a clip while it has one", command)
+                self._expect(
+                    command.ranks in self.topology.decode_teams, "a clip goes to ranks that are no team", command
+                )
+                busy = self._decoding() & set(command.ranks)
+                self._expect(not busy, "a team gets a clip while it has one", command)
                 self._expect(command.request in self._waiting, "a clip is handed over that does not wait", command)
                 oldest = next(iter(self._waiting), None)
                 self._expect(command.request == oldest, f"not first in, first out: {oldest} waits longer", command)
                 del self._waiting[command.request]
-                self._given[command.request] = command.rank
-                self._unacknowledged.add(command.request)
+                self._given[command.request] = command.ranks
+                shares = {(command.request, rank) for rank in command.ranks}
+                self._at_it |= shares
+                self._unacknowledged |= shares
             case Abandon():
                 self._denoising.discard(command.request)
             case Release():
-                self._expect(
-                    command.request not in self._unacknowledged, "latents released before acknowledgement", command
-                )
+                waiting = [rank for request, rank in self._unacknowledged if request == command.request]
+                self._expect(not waiting, "latents released before acknowledgement", command, waiting)
 
     def _check_bounds(self) -> None:
         blocked = self.scheduler.put_blocked
@@ -285,6 +293,10 @@ class FakeRanks:
         self._expect(sum(queued) <= self.max_waiting_bytes, "queue above its capacity in bytes", queued)
         in_memory = len(self._given) + len([r for r in self.outcome if self.outcome[r] == "decoded"])
         self._expect(in_memory <= self.max_undelivered, "too many clips decoded or being decoded", in_memory)
+
+    def _decoding(self) -> set[int]:
+        """All members of teams that have a clip, those that have ended their share of it included."""
+        return {rank for team in self._given.values() for rank in team}
 
     @staticmethod
     def _expect(holds: bool, what: str, *details: object) -> None:
@@ -325,11 +337,13 @@ class FakeRanks:
                 if event.request not in self.cancelled:
                     self._waiting[event.request] = self.bytes[event.request]
             case LatentsReceived():
-                self._unacknowledged.discard(event.request)
+                self._unacknowledged.discard((event.request, event.rank))
             case Decoded():
-                self.decode_order.append(event.request)
-                del self._given[event.request]
-                if event.request not in self.cancelled:
+                self._at_it.remove((event.request, event.rank))
+                if not any(request == event.request for request, _ in self._at_it):
+                    self.decode_order.append(event.request)
+                    del self._given[event.request]
+                if event.request not in self.cancelled and event.request not in self._given:
                     self._expect(event.request not in self.outcome, "decoded twice", event)
                     self.outcome[event.request] = "decoded"
                     self._finished.append(event.request)
@@ -347,7 +361,7 @@ class FakeRanks:
                     moved = True
 
     def _ready(self, rank: int, op: Op) -> bool:
-        if op.kind == "decode":
+        if op.kind == "receive":
             return op.sequence in self.ranks[op.partner].sent
         for member in op.members:
             other = self.ranks[member]
@@ -362,11 +376,16 @@ class FakeRanks:
         members = op.members or (rank,)
         for member in members:
             self.ranks[member].busy = self.ranks[member].todo.popleft()
-        duration = {"encode": self.times.encode, "step": self.times.step, "decode": self.times.decode}
-        seconds = duration[op.kind]() if op.kind in duration else 0.0
+        if op.kind == "decode":
+            for member in members:
+                self._run(op, member, (member,), self.times.decode())
+            return
+        duration = {"encode": self.times.encode, "step": self.times.step}
+        self._run(op, rank, members, duration[op.kind]() if op.kind in duration else 0.0)
+
+    def _run(self, op: Op, rank: int, members: tuple[int, ...], seconds: float) -> None:
+        """`members` are busy for a time."""
         start = self.now
-        if op.kind == "decode":  # the latents arrive first
-            self._report(rank, LatentsReceived(request=op.request, sequence=op.sequence))
 
         def end() -> None:
             for member in members:
@@ -409,6 +428,8 @@ class FakeRanks:
             case "send":
                 self._expect(op.request in self.ranks[rank].latents, "latents sent that are not there", op)
                 self.ranks[rank].sent.add(op.sequence)
+            case "receive":
+                self._report(rank, LatentsReceived(request=op.request, rank=rank, sequence=op.sequence))
             case "decode":
                 self._report(rank, Decoded(request=op.request, rank=rank))
             case "release":

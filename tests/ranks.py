@@ -51,12 +51,14 @@ def run_ranks(
     *args: Any,
     timeout: float = 60.0,
     dit_ranks: tuple[int, ...] | None = None,
+    decode_teams: tuple[tuple[int, ...], ...] = (),
 ) -> list[Any]:
     """Call `fn(runtime, *args)` on `world_size` ranks of one thread each.
 
     Args:
         timeout: seconds until all ranks count as hanging.
         dit_ranks: members of `runtime.exchange_group`; None for all ranks.
+        decode_teams: the ranks that decode a clip together, joined by `runtime.decode_group`.
     Returns:
         What each rank returned (plain values and NumPy arrays), in rank order.
     Raises:
@@ -72,7 +74,9 @@ def run_ranks(
             for rank in range(world_size):
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_be_rank, args=(rank, world_size, dit, directory, theirs, fn, args), daemon=True
+                    target=_be_rank,
+                    args=(rank, world_size, dit, decode_teams, directory, theirs, fn, args),
+                    daemon=True,
                 )
                 process.start()
                 theirs.close()
@@ -136,6 +140,7 @@ def _be_rank(
     rank: int,
     world_size: int,
     dit_ranks: tuple[int, ...],
+    decode_teams: tuple[tuple[int, ...], ...],
     directory: str,
     answer: Connection,
     fn: RankFunction,
@@ -145,17 +150,29 @@ def _be_rank(
         faulthandler.register(signal.SIGUSR1, file=stack_file, all_threads=True)
         torch.set_num_threads(1)
         try:
-            answer.send((True, fn(_join(rank, world_size, dit_ranks, directory), *args)))
+            answer.send((True, fn(_join(rank, world_size, dit_ranks, decode_teams, directory), *args)))
         except BaseException:
             answer.send((False, traceback.format_exc()))
         answer.close()
         os._exit(0)  # waiting for the threads of a broken group would hang
 
 
-def _join(rank: int, world_size: int, dit_ranks: tuple[int, ...], directory: str) -> Runtime:
+def _join(
+    rank: int,
+    world_size: int,
+    dit_ranks: tuple[int, ...],
+    decode_teams: tuple[tuple[int, ...], ...],
+    directory: str,
+) -> Runtime:
     store = None if world_size == 1 else dist.FileStore(str(Path(directory, "store")), world_size)
     return start_runtime(
-        rank=rank, world_size=world_size, dit_ranks=dit_ranks, device=torch.device("cpu"), store=store, timeout_s=120.0
+        rank=rank,
+        world_size=world_size,
+        dit_ranks=dit_ranks,
+        device=torch.device("cpu"),
+        store=store,
+        timeout_s=120.0,
+        decode_teams=decode_teams,
     )
 
 

@@ -29,7 +29,7 @@ KEYS = {
     "queue.capacity": 3,
     "queue.capacity_bytes": 1000,
     "queue.max_undelivered": 1,
-    "decode.mode": "clip",
+    "decode.mode": "tiles",
     "decode.tiling": True,
     "output.format": "npy",
     "output.codec": "libx265",

@@ -36,6 +36,8 @@ def peak_bytes(explained: Explanation, config: Config) -> list[int]:
         exchanged = 8 * tokens * rank.heads * 128 * 2 if config.groups.dit_ranks > 1 else 0
         denoise = 19 * own * width * 2 + exchanged
         decode = SPARE * (TILE + int(1.5 * 2 * explained.clip.frame_bytes)) if "decoder" in rank.weight_bytes else 0
+        if config.memory.precompute_modulation:  # vectors of all steps, and the largest layer passing by
+            denoise += 362 * width * 2 * explained.clip.num_inference_steps + 6 * width * width * 2
         peaks.append(CONTEXT + sum(rank.weight_bytes.values()) + max(denoise, decode))
     return peaks
 
@@ -67,7 +69,7 @@ def test_ranks_match_the_cards_and_fit_their_memory(name: str) -> None:
     assert config.world_size == gpus
     assert (config.model.dtype, config.model.vae_dtype, config.decode.tiling) == ("bfloat16", "float16", True)
     explained = explain_config(config)
-    assert max(peak_bytes(explained, config)) < card
+    assert max(peak_bytes(explained, config)) < 0.9 * card
     assert explained.clip.latent_bytes_each <= config.queue.capacity_bytes
 
 
@@ -75,13 +77,13 @@ def test_ranks_match_the_cards_and_fit_their_memory(name: str) -> None:
     ("name", "change"),
     [
         ("hunyuan_2gpu_48gb", "groups.text_encoder=dit"),
-        ("hunyuan_1gpu_48gb", "request.num_frames=257"),
+        ("hunyuan_1gpu_48gb", "memory.precompute_modulation=false"),
         ("hunyuan_8gpu_48gb", "model.dtype=float32"),
     ],
 )
 def test_the_arithmetic_notices_what_does_not_fit(name: str, change: str) -> None:
     config = load_config(CONFIGS[name], [change])
-    assert max(peak_bytes(explain_config(config), config)) > 48 * 10**9
+    assert max(peak_bytes(explain_config(config), config)) > 0.9 * 48 * 10**9
 
 
 def test_the_plain_8_gpu_name_is_the_80_gb_one() -> None:
@@ -174,10 +176,9 @@ def test_open_sora_plan_matches_the_cards_and_fits_their_memory(name: str) -> No
         evaluations = 1 if explained.clip.halved else 2
         assert rank.exchange_bytes_per_step == evaluations * itemsize * sent_values(patterns, 21_120, **sizes)
         assert rank.exchange_bytes_per_layer == rank.exchange_bytes_per_step // evaluations // 32
-    kept_fp32 = 24 * 4096 * 10240 * itemsize  # `wo` of mT5's 24 MLPs
     step = step_cost(explained.clip.video_tokens, sparse_n=4)  # of one rank alone, its weights included
     decode = SPARE * 2_000_000_000  # chunks of 4 latent frames
-    assert CONTEXT + weights + kept_fp32 + step.peak_bytes + decode < 40 * 10**9
+    assert CONTEXT + weights + step.peak_bytes + decode < 40 * 10**9
 
 
 def test_the_published_sizes_of_open_sora_plan_are_those_of_the_classes() -> None:

@@ -1,10 +1,12 @@
 """The control plane and what travels beside it: typed messages, no strangers, frames by file, tensors by number."""
 
-import os
+import resource
 import secrets
+import signal
 import stat
 import time
 from collections.abc import Iterator
+from itertools import permutations
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,20 +19,23 @@ import zmq
 from tests.ranks import leave, run_ranks
 from videopipe.control import ControlClient, ControlServer
 from videopipe.geometry import VideoSpec
-from videopipe.handover import claim, make_run_directory, publish
+from videopipe.handover import ArrivingClip, make_run_directory, write_rows
 from videopipe.messages import (
     AbandonRequest,
     AssistStep,
     BeginDenoise,
     DecodeLatents,
     EncodePrompt,
+    EndDelivery,
     Envelope,
     FinishDenoise,
+    FramesReady,
     FromRank,
     Heartbeat,
     Hello,
     LatentsArrived,
     LatentsReady,
+    LatentsReturned,
     LoadParts,
     PartsLoaded,
     PrepareAssist,
@@ -67,9 +72,10 @@ TO_RANK: list[ToRank] = [
     AssistStep(request="fox", step=3, helpers=(2, 4)),
     FinishDenoise(request="fox"),
     AbandonRequest(request="fox"),
-    SendLatents(request="fox", to=3, transfer=8),
+    SendLatents(request="fox", to=(3, 4), transfer=8),
     DecodeLatents(request=REQUEST, source=0, shape=(1, 16, 3, 8, 12), sequence=5, transfer=8, result="latents"),
     Release(request="fox", what="conditioning"),
+    EndDelivery(request="fox", return_latents=True),
     StopRank(),
 ]
 FROM_RANK: list[FromRank] = [
@@ -80,7 +86,9 @@ FROM_RANK: list[FromRank] = [
     LatentsReady(request="fox"),
     StateFreed(request="fox"),
     LatentsArrived(request="fox", sequence=5),
-    ResultReady(request="fox", path=None, shape=(9, 64, 96, 3), dtype="uint8"),
+    FramesReady(request="fox", first_frame=8, count=1, first_row=32, rows=32),
+    ResultReady(request="fox"),
+    LatentsReturned(request="fox", shape=(1, 16, 3, 8, 12)),
     RankFailed(
         kind="OutOfMemoryError",
         message="2 GiB",
@@ -277,52 +285,98 @@ def frames(seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng(seed).integers(0, 256, (3, 8, 6, 3), dtype=np.uint8)
 
 
+def arriving(path: Path, dtype: str = "uint8") -> ArrivingClip:
+    return ArrivingClip(path / "fox-1.frames", (3, 8, 6, 3), dtype)
+
+
+def write(clip: ArrivingClip, whole: np.ndarray[Any, Any], frames: slice, rows: slice) -> range:
+    """One rank's part to its place."""
+    part = whole[frames, rows]
+    write_rows(clip.path, part, frames.start, rows.start, whole.shape[1])
+    return clip.arrived(frames.start, part.shape[0], part.shape[1])
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
-def test_what_is_published_can_be_claimed_once(tmp_path: Path, dtype: str) -> None:
-    array = frames().astype(dtype)
-    path = tmp_path / "fox-1.frames"
-    publish(array.transpose(0, 2, 1, 3), path)  # not contiguous
-    claimed = claim(path, (3, 6, 8, 3), dtype)
-    assert np.array_equal(claimed, array.transpose(0, 2, 1, 3))
+def test_what_has_arrived_can_be_claimed_once(tmp_path: Path, dtype: str) -> None:
+    clip, whole = arriving(tmp_path, dtype), frames().astype(dtype)
+    turned = np.ascontiguousarray(whole.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)  # not contiguous
+    assert write(clip, turned, slice(0, 3), slice(0, 8)) == range(3)
+    claimed = clip.claim()
+    assert np.array_equal(claimed, whole)
     assert claimed.dtype == np.dtype(dtype)
     assert list(tmp_path.iterdir()) == []  # unlinked: the memory is freed with the array
     with pytest.raises(FileNotFoundError):
-        claim(path, (3, 6, 8, 3), dtype)
+        clip.claim()
 
 
-def test_a_claimed_array_is_writable_and_private(tmp_path: Path) -> None:
-    path, second = tmp_path / "fox-1.frames", tmp_path / "second-name"
-    publish(frames(), path)
-    os.link(path, second)
-    claimed = claim(path, (3, 8, 6, 3), "uint8")
-    claimed[:] = 0
-    assert np.array_equal(np.frombuffer(second.read_bytes(), np.uint8).reshape(3, 8, 6, 3), frames())
+def test_frames_are_told_once_and_in_order_however_their_rows_arrive(tmp_path: Path) -> None:
+    whole = frames()
+    parts = [(slice(f, f + n), slice(*r)) for f, n in ((0, 1), (1, 2)) for r in ((0, 3), (3, 4), (4, 8))]
+    for number, order in enumerate(permutations(parts)):
+        if number % 7:
+            continue
+        (tmp_path / str(number)).mkdir()
+        clip, seen = arriving(tmp_path / str(number)), 0
+        for part in order:
+            news = write(clip, whole, *part)
+            assert news.start == seen
+            seen = news.stop
+            assert np.array_equal(clip.look_at(news), whole[news.start : news.stop])
+            assert clip.complete == (seen == 3)
+        assert np.array_equal(clip.claim(), whole)
 
 
-def test_a_reader_never_sees_half_of_the_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "fox-1.frames"
-    seen: list[bool] = []
-    rename = Path.rename
-
-    def watched(self: Path, target: Path) -> Path:
-        seen.append(target.exists())
-        assert self.stat().st_size == frames().nbytes  # complete before it gets its name
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", watched)
-    publish(frames(), path)
-    assert seen == [False]
-    assert [file.name for file in tmp_path.iterdir()] == ["fox-1.frames"]
+def test_what_is_not_there_yet_cannot_be_had(tmp_path: Path) -> None:
+    clip, whole = arriving(tmp_path), frames()
+    assert write(clip, whole, slice(1, 3), slice(0, 8)) == range(0)  # a later frame is told with the first one
+    assert write(clip, whole, slice(0, 1), slice(0, 7)) == range(0)
+    for early in (clip.claim, lambda: clip.look_at(range(1, 2))):
+        with pytest.raises(AssertionError):
+            early()
+    assert write(clip, whole, slice(0, 1), slice(7, 8)) == range(3)
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_space(self: Path, target: Path) -> Path:
-        raise OSError(28, "No space left on device")
+def test_parts_that_do_not_fit_are_noticed(tmp_path: Path) -> None:
+    clip, whole = arriving(tmp_path), frames()
+    with pytest.raises(AssertionError):
+        write_rows(clip.path, whole[:, :3], 0, 6, 8)
+    with pytest.raises(AssertionError):
+        write_rows(clip.path, whole, 1, 0, 8)
+    clip.arrived(0, 3, 8)
+    with pytest.raises(AssertionError):
+        clip.arrived(2, 1, 1)  # rows that were there already
 
-    monkeypatch.setattr(Path, "rename", no_space)
-    with pytest.raises(OSError, match="No space left"):
-        publish(frames(), tmp_path / "fox-1.frames")
-    assert list(tmp_path.iterdir()) == []
+
+def test_what_is_looked_at_stays_and_cannot_be_changed(tmp_path: Path) -> None:
+    clip, whole = arriving(tmp_path), frames()
+    write(clip, whole, slice(0, 3), slice(0, 8))
+    seen = clip.look_at(range(1, 3))
+    with pytest.raises(ValueError, match="read-only"):
+        seen[:] = 0
+    claimed = clip.claim()
+    claimed[:] = 0  # the caller's array is writable, and private
+    assert np.array_equal(seen, whole[1:])
+
+
+def test_latents_arrive_as_one_frame(tmp_path: Path) -> None:
+    latents = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(1, 2, 3, 4, 5)
+    clip = ArrivingClip(tmp_path / "fox-1.frames", latents.shape, "float32")
+    write_rows(clip.path, latents, 0, 0, 2)
+    assert clip.arrived(0, 1, 2) == range(1)
+    assert np.array_equal(clip.claim(), latents)
+
+
+def test_a_full_disk_is_an_error_at_the_writer(tmp_path: Path) -> None:
+    clip = arriving(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write beyond the limit fails as on a full disk
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+        with pytest.raises(OSError):
+            write_rows(clip.path, frames(), 0, 0, 8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_the_run_directory_is_private() -> None:

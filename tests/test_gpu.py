@@ -49,3 +49,13 @@ def test_several_gpus_equal_one(tiny_checkpoint: Path, dit_ranks: int, vae_ranks
         ours = pipe("a red fox", **CALL, generator=torch.Generator("cpu").manual_seed(5)).frames
     theirs = reference(tiny_checkpoint, torch.float32)
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
+
+
+def test_frames_leave_the_device_as_bytes_into_page_locked_memory() -> None:
+    from vae_group.decode import to_frames, to_host
+
+    video = torch.rand(1, 3, 9, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    on_device = to_frames(video.cuda())
+    frames = to_host(on_device)
+    assert on_device.is_cuda and on_device.dtype == torch.uint8
+    assert frames.is_pinned() and torch.equal(frames, to_frames(video))

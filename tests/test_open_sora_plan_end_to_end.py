@@ -149,6 +149,30 @@ def test_files_of_the_batch_equal_rendered_frames(
     assert largest_step(clips["clip1"], clips["clip3"]) > 20  # the twin
 
 
+@pytest.mark.parametrize(("mode", "dit", "vae"), [("stream", 1, 1), ("tiles", 1, 2), ("tiles", 2, 0)])
+def test_frames_leave_in_chunks_of_time_and_are_those_of_the_whole_clip(
+    checkpoint: Path, launcher: LocalLauncher, mode: str, dit: int, vae: int
+) -> None:
+    streamed: dict[str, list[NDArray[Any]]] = {}
+    firsts: list[int] = []
+
+    def take(clip: str, first_frame: int, frames: NDArray[Any]) -> None:
+        firsts.append(first_frame)
+        streamed.setdefault(clip, []).append(frames)
+
+    long = msgspec.structs.replace(request(), spec=msgspec.structs.replace(SPEC, num_frames=33))  # chunks of 4 of 9
+    with start(checkpoint, launcher, dit, vae) as pipe:
+        (whole,) = pipe.render([long])
+    with start(checkpoint, launcher, dit, vae, f"decode.mode={mode}") as pipe:
+        (result,) = pipe.render([long], on_frames=take)
+        (team, *_) = pipe.config.decode_teams
+    parts = streamed[long.id]
+    assert {s.rank for s in result.side_car.stages if s.stage == "decode"} == set(team)
+    assert len(parts) == 3 and firsts == [0, len(parts[0]), len(parts[0]) + len(parts[1])]
+    assert np.array_equal(np.concatenate(parts), result.frames)
+    assert largest_step(result.frames, whole.frames) <= 1
+
+
 def largest_step(a: NDArray[Any] | torch.Tensor, b: NDArray[Any] | torch.Tensor) -> int:
     return int(np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max())
 
@@ -285,3 +309,16 @@ def test_a_converted_checkpoint_gives_the_same_clip_and_can_be_explained(
         explained = explain_config(load_config(msgspec.to_builtins(pipe.config), ["request.num_frames=17"]))
         loaded = pipe.engine.weight_bytes
     assert {rank.rank: rank.weight_bytes for rank in explained.ranks} == loaded
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_weights_of_an_official_checkpoint_are_explained_as_they_are_loaded(
+    checkpoint: Path, launcher: LocalLauncher, dtype: str
+) -> None:
+    """Pickles whose headers nobody reads; mT5 without its decoder, and in fp16 with a part in fp32."""
+    with start(checkpoint, launcher, 1, 1, f"model.text_encoder_dtype={dtype}") as pipe:
+        explained = explain_config(load_config(msgspec.to_builtins(pipe.config)))
+        loaded = pipe.engine.weight_bytes
+    assert {rank.rank: rank.weight_bytes for rank in explained.ranks} == loaded
+    assert min(size for weights in loaded.values() for size in weights.values()) > 0
+    assert explained.weights_from == f"the config files of {checkpoint}"

@@ -268,11 +268,37 @@ def test_state_stays_in_fp32_with_a_bf16_model(parts: OpenSoraPlanParts, tmp_pat
     assert set(seen) == {torch.float32}
 
 
-def test_nan_is_named(parts: OpenSoraPlanParts) -> None:
-    scheduler = steps.start_scheduler(2)
-    latents = steps.initial_latents(SMALL, scheduler, torch.Generator().manual_seed(0))
-    with pytest.raises(FloatingPointError, match="timestep 999"):
-        steps.denoise_step(scheduler, latents, latents * float("nan"), scheduler.timesteps[0], torch.Generator())
+@pytest.mark.parametrize("bad", [0, 1, 2])
+def test_nan_is_named_by_its_first_timestep_after_the_last(parts: OpenSoraPlanParts, bad: int) -> None:
+    """Whether the denoiser gave NaN is asked once, for all three steps."""
+    calls: list[int] = []
+
+    def spoil(module: torch.nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
+        calls.append(len(calls))
+        return out * float("nan") if calls[-1] == bad else out
+
+    text = steps.text_context(parts.transformer, steps.encode_prompt(parts.tokenizer, parts.text_encoder, ["a"], 8))
+    handle = parts.transformer.proj_out.register_forward_hook(spoil)
+    try:
+        timestep = f"{float(steps.start_scheduler(3).timesteps[bad]):g}"
+        with pytest.raises(FloatingPointError, match=f"gave NaN or infinity at timestep {timestep}$"):
+            steps.denoise(
+                parts.transformer, text, SMALL, num_inference_steps=3, guidance_scale=1.0,
+                generator=torch.Generator().manual_seed(0),
+            )  # fmt: skip
+    finally:
+        handle.remove()
+    assert len(calls) == 3
+
+
+def test_nan_of_another_rank_is_named_by_the_last_timestep() -> None:
+    check = steps.FiniteCheck()
+    latents = torch.zeros(2)
+    for t in (999.0, 499.0):
+        check.note(latents, torch.tensor(t))
+    assert check.finish(latents) is latents
+    with pytest.raises(FloatingPointError, match="timestep 499"):
+        check.finish(latents / 0)
 
 
 @pytest.mark.parametrize(

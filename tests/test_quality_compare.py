@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from pipelines.compare_cli import app
 from tests.quality_clips import brighter, moving_picture, noisy, write_images, write_video
 from videopipe import media, quality
+from videopipe.clip_file import write_frames
 from videopipe.geometry import VideoSpec
 from videopipe.quality import compare_clips, open_clip
 from videopipe.quality.terminal import sparkline
@@ -310,10 +311,10 @@ def test_what_the_renderer_writes_is_what_is_compared(tmp_path):
     for side, crf in (("ref", 10), ("cand", 30)):
         (tmp_path / side).mkdir()
         for form, stem in (("mp4", "a.1"), ("png", "b.5"), ("npy", "c")):
-            media.write_frames(REF, tmp_path / side / stem, form, fps=12.0, crf=crf)
+            write_frames(REF, tmp_path / side / stem, form, fps=12.0, crf=crf)
             media.write_side_car(side_car(stem, REF), tmp_path / side / f"{stem}.json")
         (tmp_path / side / ".d.part").mkdir()  # a clip being written is no clip yet
-        media.write_frames(REF[:1], tmp_path / side / ".d.part" / "x", "png")
+        write_frames(REF[:1], tmp_path / side / ".d.part" / "x", "png")
     result = run(tmp_path / "ref", tmp_path / "cand", "--json", tmp_path / "o.json")
     assert result.exit_code == 0, result.output
     clips = json.loads((tmp_path / "o.json").read_text())["clips"]

@@ -24,7 +24,7 @@ from videopipe.messages import (
 from videopipe.runtime import Runtime
 from videopipe.trace import SpanRecorder
 
-SEND = SendLatents(request="a", to=1, transfer=1)
+SEND = SendLatents(request="a", to=(1,), transfer=1)
 STEPS = [RunStep(request="b", step=step) for step in range(2)]
 RELEASE = Release(request="a", what="latents")
 FINISH = FinishDenoise(request="b")

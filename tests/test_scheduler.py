@@ -1,11 +1,13 @@
 """The scheduler under a fake clock: hundreds of random machines, delays, slow callers and cancellations."""
 
 import random
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
+from msgspec import structs
 
 from tests.fake_ranks import BrokenPromiseError, FakeRanks, Op, Rank, Times
 from videopipe.policies import POLICIES, Colocated, Decoupled, Policy
@@ -30,10 +32,15 @@ NUM_SCHEDULES = 500
 CLIP = 10  # bytes of the smallest latents
 
 
-def topology(dit: int, vae: int, encoder: str = "dit") -> Topology:
+def topology(dit: int, vae: int, encoder: str = "dit", *, teams: int = 0) -> Topology:
+    """`teams`: into so many teams the decoding ranks are divided; 0 for each by itself."""
     dit_ranks, vae_ranks = tuple(range(dit)), tuple(range(dit, dit + vae))
+    decoding = vae_ranks or dit_ranks
     return Topology(
-        dit_ranks=dit_ranks, vae_ranks=vae_ranks, encoder_rank=(vae_ranks or dit_ranks)[0] if encoder == "vae" else 0
+        dit_ranks=dit_ranks,
+        vae_ranks=vae_ranks,
+        encoder_rank=decoding[0] if encoder == "vae" else 0,
+        teams=tuple(decoding[first::teams] for first in range(min(teams, len(decoding)))),
     )
 
 
@@ -50,7 +57,9 @@ def random_case(
 ) -> FakeRanks:
     """A machine, its requests and its delays, all drawn from one seed."""
     rng = random.Random(f"{policy}-{seed}")
-    ranks = topology(rng.randint(1, 3), 0 if policy == "colocated" else rng.randint(1, 3), rng.choice(["dit", "vae"]))
+    teams = random.Random(f"teams-{policy}-{seed}").choice([0, 0, 1, 1, 2])
+    dit, vae = rng.randint(1, 3), 0 if policy == "colocated" else rng.randint(1, 3)
+    ranks = topology(dit, vae, rng.choice(["dit", "vae"]), teams=teams)
     capacity = rng.randint(1, 3)
     capacity_bytes = rng.choice([CLIP * 3, CLIP * 4, CLIP * 100])
     max_undelivered = rng.choice([1, 2, 4])
@@ -68,7 +77,7 @@ def random_case(
         Times.drawn(rng),
         max_waiting=capacity,
         max_waiting_bytes=capacity_bytes,
-        max_undelivered=max(max_undelivered, len(ranks.decode_ranks)),
+        max_undelivered=max(max_undelivered, len(ranks.decode_teams)),
         colocated=policy == "colocated",
     )
     for index in range(rng.randint(1, 8)):
@@ -101,7 +110,7 @@ def caught(policies: tuple[str, ...], **twin: object) -> set[str]:
 
 @pytest.mark.parametrize("policy", list(POLICIES))
 def test_every_request_ends_once_and_every_promise_holds(policy: str) -> None:
-    cancelled = delivered = full = helped = 0
+    cancelled = delivered = full = helped = together = 0
     for seed, machine in cases(policy):
         try:
             machine.run()
@@ -111,9 +120,11 @@ def test_every_request_ends_once_and_every_promise_holds(policy: str) -> None:
         delivered += list(machine.outcome.values()).count("delivered")
         full += machine.most_waiting == machine.max_waiting
         helped += machine.steps_with_help
+        together += sum(i.kind == "decode" for i in machine.intervals) - len(machine.decode_order)
     assert cancelled > 200  # the cases do reach what they are to test
     assert delivered > 1000
     assert full > 20
+    assert together > 300  # decodes by more than one rank, counted by the others
     assert helped > 500 or policy == "colocated"
 
 
@@ -127,15 +138,19 @@ def test_the_same_events_give_the_same_commands(policy: str) -> None:
 
 @pytest.mark.parametrize("policy", list(POLICIES))
 def test_shared_commands_come_to_all_members_in_one_order(policy: str) -> None:
-    for _, machine in cases(policy, 40):
+    shared_by_vae_ranks = 0
+    for _, machine in cases(policy, 60):
         machine.run()
-        streams: dict[int, list[tuple[str, str, int]]] = {}
+        streams: dict[int, list[Op]] = {rank: [] for rank in machine.ranks}
         for command in (command for commands in machine.commands for command in commands):
             for rank, op in machine.ops(command):
-                if op.members:
-                    streams.setdefault(rank, []).append((op.kind, op.request, op.step))
-        dit = machine.topology.dit_ranks
-        assert len({tuple(streams.get(rank, ())) for rank in dit}) == 1
+                if len(op.members) > 1:
+                    streams[rank].append(op)
+        for one, other in combinations(streams, 2):
+            here = [op for op in streams[one] if other in op.members]
+            assert here == [op for op in streams[other] if one in op.members]
+            shared_by_vae_ranks += len({op.kind for op in here}) == 2 and one in machine.topology.vae_ranks
+    assert shared_by_vae_ranks > 3 or policy == "colocated"  # decodes among assisted steps
 
 
 # -- what each schedule is for
@@ -153,13 +168,13 @@ def steady(
 ) -> FakeRanks:
     """Equal requests that are all there from the start, with nothing random."""
     capacity, undelivered = limits.get("capacity", 2), limits.get("max_undelivered", 4)
-    ranks = topology(dit, vae)
+    ranks = topology(dit, vae, teams=limits.get("teams", 0))
     machine = driver(
         Scheduler(ranks, policy, BoundedQueue(capacity, 10**9), max_undelivered=undelivered),
         times,
         max_waiting=capacity,
         max_waiting_bytes=10**9,
-        max_undelivered=max(undelivered, len(ranks.decode_ranks)),
+        max_undelivered=max(undelivered, len(ranks.decode_teams)),
         colocated=policy == "colocated",
     )
     for index in range(num_requests):
@@ -222,6 +237,18 @@ def test_steps_follow_each_other_without_a_gap_when_messages_take_time() -> None
     without.scheduler._steps_in_flight = 1  # the twin: told a step only once the last has been reported
     without.run()
     assert without.now > machine.now + 3
+
+
+def test_a_team_decodes_one_clip_after_the_other_and_ends_with_its_last_member() -> None:
+    decodes = iter([1.0, 5.0, 2.0] * 3)
+    times = Times(**{**vars(Times.fixed(step=1)), "decode": lambda: next(decodes)})
+    machine = steady("decoupled", 1, 3, 3, times, teams=1)
+    machine.run()
+    spans = machine.spans("decode")
+    assert [spans[f"clip-{index}"] for index in range(3)] == [(5.0, 10.0), (11.0, 16.0), (16.0, 21.0)]
+    alone = steady("decoupled", 1, 3, 3, Times.fixed(step=1, decode=5))  # the twin: each rank a clip of its own
+    alone.run()
+    assert [alone.spans("decode")[f"clip-{index}"] for index in range(3)] == [(5.0, 10.0), (9.0, 14.0), (12.0, 17.0)]
 
 
 def test_a_slow_decoder_stops_the_denoising() -> None:
@@ -308,6 +335,40 @@ class CreditAtReceipt(Scheduler):
         elif isinstance(event, Decoded):
             self._decoding[event.rank] = event.request
         return super().on(event)
+
+
+class CreditOfTheFirstMember(Scheduler):
+    """Takes a team for idle once one of its members has ended its share."""
+
+    def _busy(self, team: tuple[int, ...]) -> bool:
+        return all(rank in self._decoding for rank in team)
+
+
+class LendsWhoHasEnded(Scheduler):
+    """Takes a member for idle while its team decodes."""
+
+    def _helpers(self) -> tuple[int, ...]:
+        if self.queue.waiting or self._blocked is not None or self._encoding:
+            return ()
+        return next((helpers for helpers in self._helper_sets if not set(self._decoding) & set(helpers)), ())
+
+
+class SkipsOneMember(Scheduler):
+    """Hands a clip over to a team without its last member."""
+
+    def on(self, event: Event) -> list[Command]:
+        return [
+            structs.replace(c, ranks=c.ranks[:-1]) if isinstance(c, HandOver) and len(c.ranks) > 1 else c
+            for c in super().on(event)
+        ]
+
+
+class ReleasesAtTheFirstReceipt(Scheduler):
+    """Forgets latents as soon as one member of the team has acknowledged them."""
+
+    def _received_by_all(self, event: LatentsReceived) -> bool:
+        super()._received_by_all(event)
+        return True
 
 
 class ReleasesAtOnce(Scheduler):
@@ -400,6 +461,27 @@ class HelperIsNotTold(FakeRanks):
             super()._send(rank, op)
 
 
+class MemberIsNotTold(FakeRanks):
+    """One member of a team hears nothing of the decode."""
+
+    def _send(self, rank: int, op: Op) -> None:
+        if op.kind != "decode" or len(op.members) < 2 or rank != op.members[-1]:
+            super()._send(rank, op)
+
+
+class DecodeOvertakesAssists(FakeRanks):
+    """One member of a team begins a decode before the steps that it was lent to earlier."""
+
+    def _queue(self, state: Rank, op: Op) -> None:
+        if op.kind == "decode" and state is self.ranks[max(self.ranks)]:
+            waiting = list(state.todo)
+            state.todo = deque([receive for receive in waiting if receive.kind == "receive"])
+            state.todo.append(op)
+            state.todo.extend(other for other in waiting if other.kind != "receive")
+        else:
+            super()._queue(state, op)
+
+
 class FollowerDecidesItself(FakeRanks):
     """The second DiT rank looks at the VAE ranks on its own, and sometimes sees another state than the leader did."""
 
@@ -432,7 +514,13 @@ BOTH = ("colocated", "decoupled")
 @pytest.mark.parametrize(
     ("promise", "policies", "twin"),
     [
-        ("a rank gets a clip while it has one", BOTH, {"scheduler": CreditAtReceipt}),
+        ("a team gets a clip while it has one", BOTH, {"scheduler": CreditAtReceipt}),
+        ("a team gets a clip while it has one", BOTH, {"scheduler": CreditOfTheFirstMember}),
+        ("a rank that decodes is lent", ("decoupled",), {"scheduler": LendsWhoHasEnded}),
+        ("a clip goes to ranks that are no team", BOTH, {"scheduler": SkipsOneMember}),
+        ("latents released before acknowledgement", BOTH, {"scheduler": ReleasesAtTheFirstReceipt}),
+        ("deadlock, ranks wait for ever", BOTH, {"driver": MemberIsNotTold}),
+        ("deadlock, ranks wait for ever", ("decoupled",), {"driver": DecodeOvertakesAssists}),
         ("latents released before acknowledgement", BOTH, {"scheduler": ReleasesAtOnce}),
         ("latents stay on a rank", BOTH, {"scheduler": NeverReleases}),
         ("queue above its capacity", ("decoupled",), {"scheduler": DropsWhenFull}),  # by what the queue forgot

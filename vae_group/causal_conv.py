@@ -1,7 +1,7 @@
 """A causal 3D convolution over a clip whose rows are sharded and whose frames come slab by slab.
 
-At the clip's borders and before its first frame the nearest value is repeated; inside, rows come from the neighbours and
-frames from the slab before. What the untiled convolution would see is laid out in one buffer, so the result is its own.
+At the clip's borders and before its first frame the nearest value is repeated; inside, rows come from the neighbours
+and frames from the slab before. What the untiled convolution would see is laid out in one buffer.
 """
 
 from dataclasses import dataclass

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def to_frames(video: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """Frames of one clip as a viewer wants them.
+    """Frames of one clip, or of a part of it, as a viewer wants them.
 
     Args:
         video: [1, 3, T, H, W] in -1..1, as a VAE decodes it; any floating dtype.
@@ -20,3 +20,16 @@ def to_frames(video: Tensor, dtype: torch.dtype = torch.uint8) -> Tensor:
     if dtype == torch.float32:
         return unit.contiguous()
     return (unit * 255).round().to(torch.uint8).contiguous()
+
+
+def to_host(frames: Tensor) -> Tensor:
+    """Frames on the host; from CUDA by one copy into page-locked memory, which needs no staging buffer of the driver's.
+
+    Returns when the copy is complete. torch keeps page-locked memory for the next clip.
+    """
+    if frames.device.type != "cuda":
+        return frames.cpu()
+    host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+    host.copy_(frames, non_blocking=True)
+    torch.cuda.current_stream(frames.device).synchronize()
+    return host

@@ -1,7 +1,7 @@
 """Frame-causal attention of a clip: the queries of a frame see the keys of its own and all earlier frames.
 
-The mask is never made: frame after frame, the queries meet a prefix of the keys, in a fused kernel that keeps no scores.
-Memory is that of the keys and values, which every member of a team collects; it keeps its own queries.
+The mask is never made: frame after frame, the queries meet a prefix of the keys, in a fused kernel that keeps no
+scores. Memory is that of the keys and values, which every member of a team collects; it keeps its own queries.
 """
 
 import torch

@@ -9,6 +9,8 @@ Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for co
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -32,15 +34,12 @@ class Moments:
 
 def measure(slabs: Iterable[Tensor]) -> Moments:
     """Moments of this member's part of a clip, from its slabs [B, C, t, h, W]."""
-    total: Moments | None = None
-    for slab in slabs:
-        for frame in slab.unbind(2):
-            found = _of_frame(frame)
-            total = found if total is None else _merged(total, found)
-        del slab  # not alive while the next one is computed
-    if total is None:
-        raise ValueError("slabs have no frames, need at least 1")
-    return total
+    # by map, which lets go of a slab before it asks for the next one
+    return reduce(_merged, chain.from_iterable(map(_of_frames, slabs)))
+
+
+def _of_frames(slab: Tensor) -> list[Moments]:
+    return [_of_frame(frame) for frame in slab.unbind(2)]
 
 
 def _of_frame(frame: Tensor) -> Moments:

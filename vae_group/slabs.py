@@ -1,8 +1,8 @@
 """A clip's activations in slabs along time, held in memory or computed anew whenever they are asked for.
 
-A network of causal layers can run slab by slab, since each layer needs only the frames before. What cannot is a norm over
-the whole clip: it needs a pass over everything that comes before it. Between two such passes activations are either
-held (`Held`) or recomputed (`Lazy`): bytes against operations, chosen for each of them.
+A network of causal layers can run slab by slab, since each layer needs only the frames before. What cannot is a norm
+over the whole clip: it needs a pass over everything that comes before it. Between two such passes activations are
+either held (`Held`) or recomputed (`Lazy`): bytes against operations, chosen for each of them.
 """
 
 from collections import deque
@@ -30,10 +30,7 @@ class Held:
     """Slabs in memory."""
 
     def __init__(self, slabs: Iterable[Tensor]) -> None:
-        self._slabs: deque[Tensor] = deque()
-        for slab in slabs:
-            self._slabs.append(slab)
-            del slab  # not twice alive while the next one is computed
+        self._slabs = deque(slabs)
 
     def slabs(self) -> Iterator[Tensor]:
         """All slabs in order."""

@@ -1,60 +1,112 @@
 """What a decoding rank does with the commands of the engine: receive, acknowledge, decode, publish."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from videopipe.handover import publish
-from videopipe.messages import DecodeLatents, FromRank, LatentsArrived, ResultReady
-from videopipe.runtime import PeerLink
+from vae_group.decode import to_host
+from vae_group.team import Part
+from videopipe.handover import write_rows
+from videopipe.messages import (
+    DecodeLatents,
+    EndDelivery,
+    FramesReady,
+    FromRank,
+    LatentsArrived,
+    LatentsReturned,
+    ResultReady,
+)
+from videopipe.runtime import PeerLink, Runtime, synchronize
 from videopipe.trace import SpanRecorder
 
 
 class Decoder(Protocol):
-    """A model family's VAE, loaded on this rank."""
+    """A model family's VAE, loaded on this rank, as a member of the rank's team."""
 
-    def decode(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
-        """Latents [1, C, T', H', W'] float32 on the host -> frames [T, H, W, 3] of `dtype` on the host."""
+    def parts(self, latents: Tensor) -> Iterator[Part]:
+        """Latents [1, C, T', H', W'] float32 on the host -> this member's parts, see `vae_group.team.PartDecoder`."""
+
+    def to_frames(self, video: Tensor, dtype: torch.dtype) -> Tensor:
+        """The video [1, 3, t, h, W] of a part -> frames [t, h, W, 3] of `dtype`, uint8 or float32, on its device."""
 
 
 class VaeWorker:
-    """Decodes whole clips, one after the other. `report` sends a message and maybe a payload to the engine."""
+    """Decodes clips, or its team's share of them, one after the other.
+
+    `report` sends a message and maybe a payload to the engine.
+    """
 
     def __init__(
         self,
+        runtime: Runtime,
         link: PeerLink,
         decoder: Decoder,
         recorder: SpanRecorder,
-        run_directory: Path,
         report: Callable[[FromRank, memoryview | None], None],
     ) -> None:
+        self._runtime = runtime
         self._link = link
         self._decoder = decoder
         self._recorder = recorder
-        self._run_directory = run_directory
         self._report = report
+        self._kept: dict[str, Tensor] = {}  # by request: latents of clips that are being written
 
     def decode(self, message: DecodeLatents) -> None:
-        """One clip, from the latents' arrival to the frames in shared memory."""
+        """One clip, from the latents' arrival to this member's rows of the frames in shared memory."""
         request = message.request.id
         with self._recorder.span("receive", request=request):
             latents = self._link.receive(message.shape, torch.float32, message.source, message.transfer)
         self._report(LatentsArrived(request=request, sequence=message.sequence), None)
+        if message.keep_latents:
+            self._kept[request] = latents
         if message.result == "latents":
-            result = latents
+            if self._runtime.rank == self._runtime.decode_team[0]:
+                self._publish(message, latents.numpy(), 0, 0, latents.shape[1])
         else:
-            with self._recorder.span("decode", request=request):
-                result = self._decoder.decode(latents, getattr(torch, message.result))
-        array = result.numpy()
-        path = None
-        if not message.by_wire:
-            path = self._run_directory / f"{request}-{message.sequence}.frames"
+            self._decode(message, latents, getattr(torch, message.result))
+        self._report(ResultReady(request=request), None)
+
+    def _decode(self, message: DecodeLatents, latents: Tensor, dtype: torch.dtype) -> None:
+        request = message.request
+        parts = self._decoder.parts(latents)
+        while True:
+            with self._recorder.span("decode", request=request.id):
+                part = next(parts, None)
+                if part is None:
+                    synchronize(self._runtime.device)  # the others of the team may still wait for this one's data
+                    return
+                first_frame, first_row = part.first_frame, part.first_row
+                frames = to_host(self._decoder.to_frames(part.video, dtype)).numpy()
+                del part  # its video need not be there while the next part is decoded
+            self._publish(message, frames, first_frame, first_row, request.spec.height)
+
+    def _publish(
+        self, message: DecodeLatents, frames: NDArray[Any], first_frame: int, first_row: int, height: int
+    ) -> None:
+        """Bring rows of some frames to their place, and tell; `height` as in `write_rows`."""
+        if frames.size == 0:
+            return
+        request = message.request.id
+        if message.path is not None:
             with self._recorder.span("publish", request=request):
-                publish(array, path)
-        ready = ResultReady(
-            request=request, path=None if path is None else str(path), shape=tuple(array.shape), dtype=str(array.dtype)
+                write_rows(Path(message.path), frames, first_frame, first_row, height)
+        ready = FramesReady(
+            request=request,
+            first_frame=first_frame,
+            count=frames.shape[0],
+            first_row=first_row,
+            rows=frames.shape[1],
         )
-        self._report(ready, array.data.cast("B") if message.by_wire else None)
+        self._report(ready, None if message.path is not None else frames.data.cast("B"))
+
+    def end_delivery(self, message: EndDelivery) -> None:
+        """Forget the latents of a clip, or give them back since it cannot be written."""
+        latents = self._kept.pop(message.request)
+        if message.return_latents:
+            array = latents.numpy()
+            returned = LatentsReturned(request=message.request, shape=tuple(array.shape))
+            self._report(returned, array.data.cast("B"))

@@ -110,19 +110,40 @@ class QueueConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How latents become frames. `clip`: one rank decodes a whole clip.
+    """How latents become frames.
 
+    `mode`: with `clip` each decoding rank decodes a whole clip, so several clips are decoded side by side; with
+    `tiles` all decoding ranks share one clip; with `stream` each rank decodes a clip of its own in chunks of time,
+    whose frames leave while the rest is being decoded. It does not change the frames.
+    `exact`: the untiled result, whatever the ranks and the chunks; without it that of the model's reference
+    implementation, which for HunyuanVideo is tiled in time.
     `tiling` decodes in spatial tiles as diffusers' `enable_tiling` does; the time tiles are the model's own default.
+    `tile_*`: height and width in px and frames of a tile, and how much of it the next one overlaps; 0 for the preset's
+    own, and for a quarter of a tile whose size is given. A height or width switches spatial tiles on. For
+    Open-Sora-Plan, whose chunks of time do not change the result, only `tile_frames` has a meaning.
+    `tile_preset`: `default` are the model's own tiles, `official` those of HunyuanVideo's own code (64 frames, of which
+    16 overlap), `largest` the largest that fit the memory. Whatever is asked for, smaller tiles are taken where it does
+    not fit, and the log says so.
+    `memory_limit`: bytes that a decode may take on a device, weights aside; 0 for all that is free.
     """
 
-    mode: Literal["clip"] = "clip"
+    mode: Literal["clip", "tiles", "stream"] = "clip"
+    exact: bool = False
     tiling: bool = False
+    tile_preset: Literal["default", "official", "largest"] = "default"
+    tile_height: int = 0
+    tile_width: int = 0
+    tile_frames: int = 0
+    tile_overlap_height: int = 0
+    tile_overlap_width: int = 0
+    tile_overlap_frames: int = 0
+    memory_limit: int = 0
 
 
 class MemoryConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is kept off the devices.
 
-    `precompute_modulation`: the adaLN layers, 3.46 of HunyuanVideo's 12.8 billion parameters, stay in host memory;
+    `precompute_modulation`: the adaLN layers, 3.42 of HunyuanVideo's 12.8 billion parameters, stay in host memory;
     their results for all steps are computed when a request begins. The same output.
     """
 
@@ -134,6 +155,8 @@ class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     `record_latents`: also `<id>.steps/`, with the prediction and the latents of every denoising step; `record_blocks`:
     in these also the outputs of so many of the DiT's blocks, evenly chosen from the first one on.
+    `writers`: processes that encode and write clips. `rescue_directory`: for the latents of a clip that cannot be
+    written, where they cannot be kept beside it either; the system's temporary directory where None.
     """
 
     format: OutputFormat = "mp4"
@@ -143,6 +166,8 @@ class OutputConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     fps: float = 24.0
     record_latents: bool = False
     record_blocks: int = 0
+    writers: int = 1
+    rescue_directory: str | None = None
 
     @property
     def records_steps(self) -> bool:
@@ -218,6 +243,13 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return helper_sets(range(self.groups.dit_ranks, self.world_size))
 
     @property
+    def decode_teams(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks that decode a clip together, team by team."""
+        first = self.groups.dit_ranks if self.groups.vae_ranks else 0
+        ranks = tuple(range(first, self.world_size))
+        return (ranks,) if self.decode.mode == "tiles" else tuple((rank,) for rank in ranks)
+
+    @property
     def text_trimmed(self) -> bool:
         """Whether padded text tokens are dropped before the DiT."""
         if self.attention.text == "auto":
@@ -285,7 +317,9 @@ def check_config(config: Config) -> None:
     if config.attention.heads_per_chunk != "all":
         _at_least("attention.heads_per_chunk", config.attention.heads_per_chunk, 1)
     _check_attention(config)
+    _check_decode(config.decode)
     _at_least("output.record_blocks", config.output.record_blocks, 0)
+    _at_least("output.writers", config.output.writers, 1)
     _at_least("queue.capacity", q.capacity, 1)
     _at_least("queue.capacity_bytes", q.capacity_bytes, 1)
     _at_least("queue.max_undelivered", q.max_undelivered, 1)
@@ -349,6 +383,23 @@ def _check_attention(config: Config) -> None:
             f"model.attention_kernel={config.model.attention_kernel!r} gives no log-sum-exp, which "
             f"attention.strategy={a.strategy!r} needs; nearest is 'sdpa'"
         )
+
+
+def _check_decode(decode: DecodeConfig) -> None:
+    sizes = ("tile_height", "tile_width", "tile_frames", "tile_overlap_height", "tile_overlap_width")
+    for name in (*sizes, "tile_overlap_frames", "memory_limit"):
+        _at_least(f"decode.{name}", getattr(decode, name), 0)
+    if not decode.exact:
+        return
+    if decode.tiling:
+        raise ConfigError("decode.tiling=true blends tiles, which decode.exact=true is without, nearest is false")
+    if decode.tile_preset == "official":
+        raise ConfigError(
+            "decode.tile_preset='official' blends tiles, which decode.exact=true is without, nearest is 'default'"
+        )
+    for name in ("tile_height", "tile_width", "tile_overlap_height", "tile_overlap_width", "tile_overlap_frames"):
+        if getattr(decode, name):
+            raise ConfigError(f"decode.{name}={getattr(decode, name)} means nothing to decode.exact=true, nearest is 0")
 
 
 def _at_least(path: str, value: float, low: float) -> None:

@@ -1,5 +1,6 @@
 """Files and folders that appear under their final name whole, or not at all."""
 
+import glob
 import os
 import secrets
 import shutil
@@ -13,6 +14,12 @@ PART_SUFFIX = ".part"
 def part_path(path: Path) -> Path:
     """An unused temporary name beside `path`: hidden, ends with `.part`, on the same file system, so a rename works."""
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{PART_SUFFIX}")
+
+
+def remove_parts(path: Path, pid: int) -> None:
+    """Remove the temporary files beside `path` that a process left which was killed while it wrote `path`."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.{pid}.*{PART_SUFFIX}"):
+        remove(part)
 
 
 @contextmanager

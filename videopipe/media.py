@@ -4,20 +4,22 @@ PyAV, torch and safetensors are imported where they are used, so that this modul
 """
 
 import difflib
+import functools
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from videopipe.files import commit, part_path, remove, replacing, write_bytes
-from videopipe.records import SideCar
+from videopipe.records import OutputFormat, SideCar, StageTime
+from videopipe.trace import ENGINE_RANK
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +119,7 @@ class VideoWriter:
         # bitexact keeps the random segment id out of Matroska; an mp4 is the same with or without it
         options = {"movflags": "+faststart"} if kind == "mp4" else {"fflags": "+bitexact"}
         self._container = av.open(str(self._part), "w", format=kind, options=options)
-        stream = self._container.add_stream(codec, rate=self._rate, options={"crf": str(crf), **CODECS[codec].options})
+        stream = self._container.add_stream(codec, rate=self._rate, options={"crf": str(crf), **_options(codec)})
         stream.height, stream.width, stream.pix_fmt = height, width, pixel_format
         context = stream.codec_context
         context.thread_count = 1
@@ -137,7 +139,7 @@ class VideoWriter:
 
         if self._closed:
             raise ValueError(f"{self.path}: already closed")
-        _check_frames(frames)
+        check_frames(frames)
         if frames.shape[1:] != self._shape:
             raise ValueError(f"frames of {list(frames.shape)} do not fit this file of [T, {str(list(self._shape))[1:]}")
         for picture in frames:
@@ -196,6 +198,20 @@ class VideoWriter:
             self.abort()
 
 
+def _options(codec: str) -> dict[str, str]:
+    """What makes an encoder give the same bytes for the same frames every time: x264's code for AVX-512 does not."""
+    options = CODECS[codec].options
+    if codec in ("libx264", "libx264rgb") and _has_avx512():
+        options = {**options, "x264-params": "asm=avx2"}
+    return options
+
+
+@functools.cache
+def _has_avx512() -> bool:
+    cpus = Path("/proc/cpuinfo")
+    return cpus.exists() and "avx512f" in cpus.read_text()
+
+
 def check_video(
     *,
     height: int,
@@ -212,8 +228,8 @@ def check_video(
     Raises:
         ValueError: names the field, the value and the nearest valid value.
     """
-    _check_choice(f"{where}container", container, CONTAINERS)
-    _check_choice(f"{where}codec", codec, CODECS)
+    check_choice(f"{where}container", container, CONTAINERS)
+    check_choice(f"{where}codec", codec, CODECS)
     highest = CODECS[codec].highest_crf
     if not 0 <= crf <= highest:
         near = min(max(crf, 0), highest)
@@ -223,10 +239,10 @@ def check_video(
         raise ValueError(f"{where}fps={fps:g} must be above 0 and at most {HIGHEST_FPS}, nearest is {near}")
     import av
 
-    _check_choice(f"{where}codec", codec, [name for name in CODECS if name in av.codecs_available], " in this FFmpeg")
+    check_choice(f"{where}codec", codec, [name for name in CODECS if name in av.codecs_available], " in this FFmpeg")
     # yuvj* would mean full range, which the tag of this writer contradicts
     formats = [f.name for f in av.Codec(codec, "w").video_formats if not f.name.startswith("yuvj")]
-    _check_choice(f"{where}pixel_format", pixel_format, formats, f" for {codec}")
+    check_choice(f"{where}pixel_format", pixel_format, formats, f" for {codec}")
     layout = av.VideoFormat(pixel_format)
     for field, value, multiple in (
         ("height", height, 4 // layout.chroma_height(4)),
@@ -245,52 +261,6 @@ def frame_rate(fps: float) -> Fraction:
         if abs(float(ntsc) - fps) < 5e-4:
             return ntsc
     return Fraction(fps).limit_denominator(1001)
-
-
-def write_frames(
-    frames: Frames,
-    path_stem: Path,
-    format: FrameFormat,
-    fps: float = 24.0,
-    codec: str = "libx264",
-    crf: int = 18,
-    pixel_format: str = "yuv420p",
-) -> Path:
-    """Write one clip in the format asked for, replacing an earlier one of the same name.
-
-    Args:
-        frames: uint8 [T, H, W, 3], T at least 1.
-        path_stem: folder and name without extension; a dot in the name is kept.
-        format: "mp4" -> `<stem>.mp4`; "npy" -> `<stem>.npy`, uint8 [T, H, W, 3];
-            "png" -> the folder `<stem>` with `00000.png`, `00001.png`, ...
-        fps, codec, crf, pixel_format: for "mp4", see `VideoWriter`.
-    Returns:
-        The path of the file or folder.
-    Raises:
-        ValueError: names the field, the value and the nearest valid value.
-        OSError: cannot be written; nothing new is left behind.
-    """
-    _check_choice("format", format, get_args(FrameFormat))
-    _check_frames(frames)
-    if not len(frames):
-        raise ValueError("num_frames=0, nearest is 1")
-    if format == "png":
-        with replacing(path_stem) as part:
-            part.mkdir()
-            for index, data in enumerate(_png(frames)):
-                (part / f"{index:05d}.png").write_bytes(data)
-        return path_stem
-    path = path_stem.with_name(f"{path_stem.name}.{format}")
-    if format == "npy":
-        with replacing(path) as part, part.open("wb") as file:
-            np.save(file, np.ascontiguousarray(frames), allow_pickle=False)
-        return path
-    height, width = frames.shape[1:3]
-    with VideoWriter(
-        path, height=height, width=width, fps=fps, codec=codec, crf=crf, pixel_format=pixel_format
-    ) as writer:
-        writer.write(frames)
-    return path
 
 
 def read_video(path: Path) -> Frames:
@@ -381,6 +351,37 @@ def read_latents(path: Path) -> tuple["torch.Tensor", dict[str, str]]:
         return file.get_tensor("latents"), dict(file.metadata() or {})
 
 
+def finish_side_car(
+    side_car: SideCar, path: Path, stem: Path, form: OutputFormat, seconds: float, sha256: str
+) -> SideCar:
+    """Complete the side-car of a clip that has been written, and write it as `<stem>.json`.
+
+    Args:
+        path: the clip.
+        form: its format; `sha256` is the hash of its latents or its frames accordingly.
+        seconds: how long writing took.
+    Returns:
+        What was written.
+    """
+    write = StageTime(stage="write", rank=ENGINE_RANK, seconds=round(seconds, 6))
+    latent = form == "latent"
+    complete = msgspec.structs.replace(
+        side_car,
+        output=path.name,
+        format=form,
+        stages=(*side_car.stages, write),
+        frames_sha256=None if latent else sha256,
+        latents_sha256=sha256 if latent else None,
+    )
+    write_side_car(complete, side_car_path(stem))
+    return complete
+
+
+def side_car_path(stem: Path) -> Path:
+    """Where the side-car of the clip `<stem>.<ext>` lies; a dot in the name is kept."""
+    return stem.with_name(stem.name + ".json")
+
+
 def write_side_car(side_car: SideCar, path: Path) -> Path:
     """Write the side-car as indented JSON, replacing an earlier one."""
     write_bytes(path, msgspec.json.format(msgspec.json.encode(side_car), indent=2) + b"\n")
@@ -402,11 +403,26 @@ def read_side_car(path: Path) -> SideCar:
     return side_car
 
 
+class FramesHash:
+    """`frames_hash` of a clip that comes in chunks; `shape` is that of the whole clip, [T, H, W, 3]."""
+
+    def __init__(self, shape: Sequence[int], dtype: npt.DTypeLike = np.uint8) -> None:
+        self._digest = hashlib.sha256(_hash_header("frames", np.dtype(dtype).str, shape))
+
+    def update(self, frames: Frames) -> None:
+        """The next frames."""
+        for picture in frames:
+            self._digest.update(np.ascontiguousarray(picture).data)
+
+    def hexdigest(self) -> str:
+        """What `frames_hash` gives, once all frames have come."""
+        return self._digest.hexdigest()
+
+
 def frames_hash(frames: Frames) -> str:
     """SHA-256 in hex over dtype, shape and bytes (in C order, whatever the strides) of [T, H, W, 3]."""
-    digest = hashlib.sha256(_hash_header("frames", frames.dtype.str, frames.shape))
-    for picture in frames:
-        digest.update(np.ascontiguousarray(picture).data)
+    digest = FramesHash(frames.shape, frames.dtype)
+    digest.update(frames)
     return digest.hexdigest()
 
 
@@ -438,7 +454,7 @@ def contact_sheet(clips: Sequence[Frames], path: Path, columns: int = 6, thumb_w
             raise ValueError(f"{field}={value} must be at least {least}, nearest is {least}")
     rows = []
     for clip in clips:
-        _check_frames(clip)
+        check_frames(clip)
         picks = np.unique(np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int))
         rows.append([_resize(clip[i], thumb_width) for i in picks])
     height = sum(row[0].shape[0] + gap for row in rows) + gap
@@ -449,11 +465,16 @@ def contact_sheet(clips: Sequence[Frames], path: Path, columns: int = 6, thumb_w
             left = gap + column * (thumb_width + gap)
             sheet[0, top : top + picture.shape[0], left : left + thumb_width] = picture
         top += row[0].shape[0] + gap
-    write_bytes(path, next(iter(_png(sheet))))
+    write_bytes(path, next(iter(png_files(sheet))))
     return path
 
 
-def _check_choice(field: str, value: str, valid: Iterable[str], condition: str = "") -> None:
+def check_choice(field: str, value: str, valid: Iterable[str], condition: str = "") -> None:
+    """Refuse a value that is none of `valid`.
+
+    Raises:
+        ValueError: names the field, the value and the nearest valid value.
+    """
     names = list(valid)
     if value not in names:
         rule = f"must be one of {', '.join(names)}{condition}"
@@ -465,12 +486,17 @@ def _nearest(name: str, valid: Sequence[str]) -> str:
     return (difflib.get_close_matches(name, valid, n=1, cutoff=0.4) or valid)[0]
 
 
-def _check_frames(frames: Frames) -> None:
+def check_frames(frames: Frames) -> None:
+    """Refuse what is not uint8 [T, H, W, 3].
+
+    Raises:
+        ValueError: tells dtype and shape.
+    """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
         raise ValueError(f"frames of {frames.dtype} {list(frames.shape)}, need uint8 [T, H, W, 3]")
 
 
-def _png(frames: Frames) -> Iterable[bytes]:
+def png_files(frames: Frames) -> Iterable[bytes]:
     """PNG files of frames [T, H, W, 3], by FFmpeg's encoder: PyAV is a dependency of ours already, Pillow is not."""
     import av
 

@@ -77,18 +77,19 @@ class AbandonRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class SendLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Send finished latents to a decoding rank; keep them until they are released."""
+    """Send finished latents to each member of a team; keep them until they are released."""
 
     request: str
-    to: int
+    to: tuple[int, ...]
     transfer: int
 
 
 class DecodeLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Receive latents of `shape` (float32) from `source`, acknowledge, decode.
+    """Receive latents of `shape` (float32) from `source`, acknowledge, decode with the other members of the team.
 
     `result`: uint8 frames, float32 frames in 0..1 for callers that asked for them, or the latents themselves.
-    `by_wire`: send the result as a payload, since the engine runs on another host.
+    `path`: the file for the result, see `videopipe.handover`; None to send it as payloads, since the engine runs on
+    another host. `keep_latents`: in host memory, until `EndDelivery`.
     """
 
     request: VideoRequest
@@ -97,7 +98,8 @@ class DecodeLatents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sequence: int
     transfer: int
     result: Literal["uint8", "float32", "latents"] = "uint8"
-    by_wire: bool = False
+    path: str | None = None
+    keep_latents: bool = False
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -105,6 +107,13 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request: str
     what: Literal["latents", "conditioning"]
+
+
+class EndDelivery(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget the latents that were kept while the clip was written; `return_latents`: it could not be, send them."""
+
+    request: str
+    return_latents: bool = False
 
 
 class StopRank(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -123,6 +132,7 @@ ToRank = (
     | SendLatents
     | DecodeLatents
     | Release
+    | EndDelivery
     | StopRank
 )
 
@@ -181,13 +191,30 @@ class LatentsArrived(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sequence: int
 
 
-class ResultReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A decode has ended. `path` is a raw file of `dtype` and `shape` in host memory, None where a payload follows."""
+class FramesReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Rows `first_row` on, `rows` of them, of `count` frames from `first_frame` on are in the result's file.
+
+    With a payload they are in there, in the result's dtype, for the engine to write.
+    """
 
     request: str
-    path: str | None
+    first_frame: int
+    count: int
+    first_row: int
+    rows: int
+
+
+class ResultReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """This rank has ended its share of a decode, its last kernel included; all its rows have been told before."""
+
+    request: str
+
+
+class LatentsReturned(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The answer to `EndDelivery`: a payload holds the latents, float32 of `shape`."""
+
+    request: str
     shape: tuple[int, ...]
-    dtype: str
 
 
 class RankFailed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -225,7 +252,9 @@ FromRank = (
     | LatentsReady
     | StateFreed
     | LatentsArrived
+    | FramesReady
     | ResultReady
+    | LatentsReturned
     | RankFailed
     | Heartbeat
 )

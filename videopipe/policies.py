@@ -13,7 +13,7 @@ class Policy(Protocol):
         """Whether the DiT group may take the next request now."""
 
     def may_decode(self, state: "Scheduler") -> bool:
-        """Whether an idle decoding rank may take a waiting latent now."""
+        """Whether an idle team may take a waiting latent now."""
 
 
 class Decoupled:
@@ -44,7 +44,7 @@ class Colocated:
 
 
 def _wave(state: "Scheduler") -> int:
-    return min(len(state.topology.decode_ranks), state.queue.capacity)
+    return min(len(state.topology.decode_teams), state.queue.capacity)
 
 
 POLICIES: dict[str, Policy] = {"colocated": Colocated(), "decoupled": Decoupled()}

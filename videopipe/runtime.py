@@ -57,6 +57,8 @@ class Runtime:
     one DiT rank or on other ranks. `mesh` has its subgroups where the attention strategy needs two axes, and
     `assist_groups` join the DiT ranks with each set of VAE ranks that may be lent to them (attention co-processing).
     `branches` are its two halves, where they evaluate the two branches of guidance side by side.
+    `decode_team` are the ranks that decode a clip together with this one, joined by `decode_group`; empty on a rank
+    that does not decode, and no group for one that decodes alone.
     `peers` joins all ranks and carries conditioning and latents in host memory over gloo: they are small, and a
     transfer that waits for its receiver never holds a GPU stream.
     """
@@ -70,6 +72,8 @@ class Runtime:
     assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
     mesh: MeshGroups | None = None
     branches: BranchGroups | None = None
+    decode_team: tuple[int, ...] = ()
+    decode_group: dist.ProcessGroup | None = None
 
     @property
     def dit_member(self) -> int | None:
@@ -94,6 +98,7 @@ def start_runtime(
     mesh: Mesh | None = None,
     halved: bool = False,
     half_mesh: Mesh | None = None,
+    decode_teams: Sequence[tuple[int, ...]] = (),
 ) -> Runtime:
     """Join the process groups of a run. Collective over all ranks; with one rank there is nothing to join.
 
@@ -104,12 +109,14 @@ def start_runtime(
         mesh: two axes of the DiT ranks, where the attention strategy needs them.
         halved: the DiT ranks shall also have groups for the two halves that CFG parallelism needs; their number is
             even. `half_mesh` has the axes of one half.
+        decode_teams: the ranks that decode a clip together, team by team.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    team = next((team for team in decode_teams if rank in team), ())
     if world_size == 1:
         alone = None if mesh is None else MeshGroups(mesh=mesh, ulysses=None, ring=None)
-        return Runtime(rank=rank, world_size=1, device=device, dit_ranks=dit_ranks, mesh=alone)
+        return Runtime(rank=rank, world_size=1, device=device, dit_ranks=dit_ranks, mesh=alone, decode_team=team)
     assert store is not None
     timeout = datetime.timedelta(seconds=timeout_s)
     backend = _backend(device)
@@ -140,6 +147,7 @@ def start_runtime(
             timeout_s=timeout_s,
             half_mesh=half_mesh,
         )
+    decode_group = _start_teams(decode_teams, rank=rank, device=device, timeout_s=timeout_s)
     return Runtime(
         rank=rank,
         world_size=world_size,
@@ -150,7 +158,23 @@ def start_runtime(
         assist_groups=assist_groups,
         mesh=groups,
         branches=branches,
+        decode_team=team,
+        decode_group=decode_group,
     )
+
+
+def _start_teams(
+    teams: Sequence[tuple[int, ...]], *, rank: int, device: torch.device, timeout_s: float
+) -> dist.ProcessGroup | None:
+    """Join the group of this rank's team. Collective over all ranks, those of no team included."""
+    own = None
+    for team in teams:
+        if len(team) > 1:
+            group = dist.new_group(list(team), timeout=datetime.timedelta(seconds=timeout_s), backend=_backend(device))
+            own = group if rank in team else own
+    if own is not None:
+        dist.all_reduce(torch.zeros(1, device=device), group=own)  # builds the connections now
+    return own
 
 
 def start_mesh(

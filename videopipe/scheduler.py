@@ -47,14 +47,18 @@ class Denoised(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LatentsReceived(msgspec.Struct, frozen=True, kw_only=True):
-    """A decoding rank holds the latents; the leader may forget them."""
+    """A member of a decoding team holds the latents; once all do, the leader may forget them."""
 
     request: str
+    rank: int
     sequence: int
 
 
 class Decoded(msgspec.Struct, frozen=True, kw_only=True):
-    """A rank has finished a decode, its last kernel included: the credit for the next one."""
+    """A rank has finished its share of a decode, its last kernel included.
+
+    Once all members of its team have, the clip is there, and the team has its credit for the next one.
+    """
 
     request: str
     rank: int
@@ -115,19 +119,19 @@ class Abandon(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HandOver(msgspec.Struct, frozen=True, kw_only=True):
-    """The leader sends the latents to `rank`, which acknowledges and decodes them.
+    """The leader sends the latents to each of `ranks`, a team, who acknowledge them and decode them together.
 
     The send does not wait behind steps that the leader was given before: it begins between two of them.
     """
 
     request: str
     leader: int
-    rank: int
+    ranks: tuple[int, ...]
     sequence: int
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True):
-    """The leader forgets latents that a decoding rank has acknowledged."""
+    """The leader forgets latents that all who decode them have acknowledged."""
 
     request: str
     rank: int
@@ -139,11 +143,15 @@ Command = Encode | Begin | Step | Finish | Abandon | HandOver | Release
 
 
 class Topology(msgspec.Struct, frozen=True, kw_only=True):
-    """Which ranks do what. Without a VAE group the DiT ranks decode as well (`decode_ranks`)."""
+    """Which ranks do what. Without a VAE group the DiT ranks decode as well (`decode_ranks`).
+
+    `teams`: which of the decoding ranks decode a clip together, each rank in one of them; empty for each by itself.
+    """
 
     dit_ranks: tuple[int, ...]
     vae_ranks: tuple[int, ...]
     encoder_rank: int
+    teams: tuple[tuple[int, ...], ...] = ()
 
     @property
     def leader(self) -> int:
@@ -154,6 +162,11 @@ class Topology(msgspec.Struct, frozen=True, kw_only=True):
     def decode_ranks(self) -> tuple[int, ...]:
         """The ranks that can decode."""
         return self.vae_ranks or self.dit_ranks
+
+    @property
+    def decode_teams(self) -> tuple[tuple[int, ...], ...]:
+        """The ranks that can decode, by the clip that they decode at a time."""
+        return self.teams or tuple((rank,) for rank in self.decode_ranks)
 
 
 def helper_sets(vae_ranks: Sequence[int], limit: int = 4) -> tuple[tuple[int, ...], ...]:
@@ -190,6 +203,8 @@ class Scheduler:
             to lend none. The largest one that is idle is lent. Only the sequencer creates work for a VAE rank, so one
             that is idle when a step is issued stays idle until the step: no handshake is needed, and since each rank
             obeys in order, a decode that is issued later waits for the end of the steps that the rank was lent to.
+            A member of a team is idle when its team is. Decodes and assisted steps reach all who share them in one
+            order, so no two of them can wait for each other.
     """
 
     def __init__(
@@ -204,10 +219,12 @@ class Scheduler:
         helper_sets: Sequence[tuple[int, ...]] = (),
     ) -> None:
         assert all(set(helpers) <= set(topology.vae_ranks) for helpers in helper_sets), (topology, helper_sets)
+        members = [rank for team in topology.decode_teams for rank in team]
+        assert sorted(members) == sorted(topology.decode_ranks), topology
         self.topology = topology
         self.policy: Policy = POLICIES[policy] if isinstance(policy, str) else policy
         self.queue = queue
-        self.max_undelivered = max(max_undelivered, len(topology.decode_ranks))
+        self.max_undelivered = max(max_undelivered, len(topology.decode_teams))
         self._encode_ahead = encode_ahead
         self._steps_in_flight = 1 + steps_ahead
         self._helper_sets = sorted(helper_sets, key=lambda helpers: (-len(helpers), helpers))
@@ -218,7 +235,8 @@ class Scheduler:
         self._active: deque[_Denoising] = deque()  # in the DiT group, oldest first; at most one still issues steps
         self._lent: deque[tuple[int, ...]] = deque()  # helpers of each step issued and not done
         self._blocked: _Denoising | None = None  # denoised, but the queue has no room: `put` waits
-        self._decoding: dict[int, str] = {}  # rank -> request: the credits that are out
+        self._decoding: dict[int, str] = {}  # rank -> request: a team's credit is out until none of its members is here
+        self._unreceived: dict[int, set[int]] = {}  # sequence -> members that have not acknowledged the latents
         self._undelivered: set[str] = set()
         self._cancelled: set[str] = set()
 
@@ -232,7 +250,7 @@ class Scheduler:
     @property
     def decoding(self) -> int:
         """Decodes under way."""
-        return len(self._decoding)
+        return len(set(self._decoding.values()))
 
     @property
     def to_denoise(self) -> int:
@@ -268,8 +286,12 @@ class Scheduler:
         return self._lent[0] if self._lent else ()
 
     def decoding_on(self, rank: int) -> str | None:
-        """The request that `rank` decodes."""
+        """The request that `rank` decodes, None once its own share of it has ended."""
         return self._decoding.get(rank)
+
+    def is_decoding(self, request: str) -> bool:
+        """Whether any rank is at the decode of a request."""
+        return request in self._decoding.values()
 
     def knows(self, request: str) -> bool:
         """Whether a request is under way, or finished and not taken away."""
@@ -320,12 +342,14 @@ class Scheduler:
                 else:
                     self._blocked = run
             case LatentsReceived():
-                if self.queue.acknowledge(event.sequence) is not None:
+                if self._received_by_all(event) and self.queue.acknowledge(event.sequence) is not None:
                     commands.append(Release(request=event.request, rank=self.topology.leader))
             case Decoded():
                 assert self._decoding.get(event.rank) == event.request, (event, self._decoding)
                 del self._decoding[event.rank]
-                if event.request in self._cancelled:
+                if self.is_decoding(event.request):
+                    pass  # others of its team are
+                elif event.request in self._cancelled:
                     self._forget(event.request)
                 else:
                     self._undelivered.add(event.request)
@@ -348,6 +372,13 @@ class Scheduler:
         assert event.num_steps >= 1, event
         self._requests[event.request] = event
         self._pending.append(event.request)
+
+    def _received_by_all(self, event: LatentsReceived) -> bool:
+        left = self._unreceived.get(event.sequence, set())
+        left.discard(event.rank)
+        if not left:
+            self._unreceived.pop(event.sequence, None)
+        return not left
 
     def _cancel(self, request: str) -> list[Command]:
         if request not in self._requests:
@@ -411,18 +442,22 @@ class Scheduler:
     def _hand_over(self, commands: list[Command]) -> bool:
         moved = False
         # the leader last: it obeys in order, so what it shall send must not wait behind a decode of its own
-        for rank in sorted(self.topology.decode_ranks, key=lambda rank: rank == self.topology.leader):
-            if rank in self._decoding or not self.queue.waiting or not self.policy.may_decode(self):
+        for team in sorted(self.topology.decode_teams, key=lambda team: self.topology.leader in team):
+            if self._busy(team) or not self.queue.waiting or not self.policy.may_decode(self):
                 continue
             if self.decoding + len(self._undelivered) >= self.max_undelivered:
                 break
             ticket = self.queue.take()
-            self._decoding[rank] = ticket.item
+            self._decoding |= dict.fromkeys(team, ticket.item)
+            self._unreceived[ticket.sequence] = set(team)
             commands.append(
-                HandOver(request=ticket.item, leader=self.topology.leader, rank=rank, sequence=ticket.sequence)
+                HandOver(request=ticket.item, leader=self.topology.leader, ranks=team, sequence=ticket.sequence)
             )
             moved = True
         return moved
+
+    def _busy(self, team: tuple[int, ...]) -> bool:
+        return any(rank in self._decoding for rank in team)
 
     def _denoise(self, commands: list[Command]) -> None:
         ranks = self.topology.dit_ranks
@@ -450,7 +485,7 @@ class Scheduler:
         """The VAE ranks to lend to the next step: idle ones, while no latent waits for them."""
         if self.queue.waiting or self._blocked is not None:
             return ()
-        busy = set(self._decoding)
+        busy = {rank for team in self.topology.decode_teams if self._busy(team) for rank in team}
         if self._encoding:
             busy.add(self.topology.encoder_rank)
         return next((helpers for helpers in self._helper_sets if not busy & set(helpers)), ())

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import MT5Config, MT5EncoderModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel
+from pipelines.models.open_sora_plan_layout import CheckpointFolders
 from pipelines.models.spiece import spiece_tokenizer
 from pipelines.models.wf_vae import HAAR_2D_SCALE, HAAR_3D_SCALE, WFVAEModel
 
@@ -144,6 +145,23 @@ def empty_text_encoder(folder: Path) -> MT5EncoderModel:
         raise ValueError(f"{folder}/config.json: model_type={config.get('model_type')!r} must be 'mt5'")
     with torch.device("meta"):
         return MT5EncoderModel(MT5Config(**{k: v for k, v in config.items() if k != "model_type"}))
+
+
+def loaded_bytes(
+    folders: CheckpointFolders, text_encoder: torch.dtype, transformer: torch.dtype, vae: torch.dtype
+) -> tuple[int, int, int]:
+    """Bytes of the weights of text encoder, denoiser and VAE once loaded in these precisions; reads none of them.
+
+    Raises:
+        ValueError: config files that describe no model of these kinds.
+    """
+    encoder = empty_text_encoder(folders.text_encoder)
+    kept = {name: torch.float32 if is_kept_fp32(name, text_encoder) else text_encoder for name in encoder.state_dict()}
+    return (
+        sum(p.numel() * kept[name].itemsize for name, p in encoder.named_parameters()),
+        sum(p.numel() * transformer.itemsize for p in empty_transformer(folders.transformer).parameters()),
+        sum(p.numel() * vae.itemsize for p in empty_vae(folders.vae, open_vae_tensors(folders.vae)).parameters()),
+    )
 
 
 def open_tensors(folder: Path, stems: tuple[str, ...]) -> dict[str, Source]:

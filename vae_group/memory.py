@@ -1,0 +1,99 @@
+"""Chooses how large a piece of a clip is decoded at once: the largest whose peak fits the memory at hand."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vae_group.retry import RestartableDecoder, with_retry
+from vae_group.team import Part, Team
+
+log = logging.getLogger(__name__)
+
+WORKSPACE = 1.0
+"""Memory that convolutions' kernels take on a GPU, as a multiple of the tensors alive: kernels that want channels last
+copy what they read and write. An assumption, not yet measured."""
+
+UNUSABLE = 0.05
+"""Share of a GPU's free memory that the allocator loses to fragments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One way to decode a clip: in words, the most bytes of tensors alive at once (weights aside), the decoder."""
+
+    name: str
+    peak_bytes: int
+    decoder: RestartableDecoder
+
+
+def bytes_needed(tensor_bytes: int, device: torch.device) -> int:
+    """What must be free on a device so that so many bytes of tensors can be alive in a decode."""
+    return int(tensor_bytes * (1 + WORKSPACE)) if device.type == "cuda" else tensor_bytes
+
+
+def bytes_at_hand(device: torch.device, limit: int, team: Team) -> int:
+    """Bytes that every member of a team has for a decode, the same number on all of them.
+
+    Args:
+        limit: bytes that a decode may take on a device; 0 for all that is free, which on the CPU is not looked at.
+    """
+    room = limit or sys.maxsize
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = min(room, int((free + cached) * (1 - UNUSABLE)))
+    if team.group is None:
+        return room
+    least = torch.tensor([room], device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=team.group)
+    return int(least)
+
+
+def choose(settings: Sequence[Setting], room: int, device: torch.device) -> int:
+    """Which setting to use: the first that fits into `room` bytes.
+
+    Raises:
+        ValueError: none fits.
+    """
+    for i, setting in enumerate(settings):
+        if bytes_needed(setting.peak_bytes, device) <= room:
+            return i
+    least = min(settings, key=lambda s: s.peak_bytes)
+    need = bytes_needed(least.peak_bytes, device)
+    raise ValueError(
+        f"decode.memory_limit: {room} bytes are too few to decode this clip, nearest is {need} bytes, for {least.name}"
+    )
+
+
+def decode_within(settings: Sequence[Setting], latents: Tensor, team: Team, limit: int) -> Iterator[Part]:
+    """Decode with the first setting that fits, and once more with the next one if memory runs out all the same.
+
+    Whenever it is not the first, a warning in the log says so.
+
+    Args:
+        settings: the one that is wanted, then ever smaller ones; the same on every member.
+        limit: as for `bytes_at_hand`.
+    Raises:
+        ValueError: no setting fits.
+        TeamOutOfMemoryError: memory ran out twice, or with the smallest setting.
+    """
+    room = bytes_at_hand(latents.device, limit, team)
+    chosen = choose(settings, room, latents.device)
+    if chosen:
+        log.warning(
+            "decoding in %s: %s would need %.2f GB, there are %.2f GB",
+            settings[chosen].name,
+            settings[0].name,
+            bytes_needed(settings[0].peak_bytes, latents.device) / 1e9,
+            room / 1e9,
+        )
+    decoder = settings[chosen].decoder
+    if chosen + 1 < len(settings):
+        smaller = settings[chosen + 1]
+        decoder = with_retry(decoder, smaller.decoder, f"{smaller.name} instead of {settings[chosen].name}")
+    yield from decoder(latents, team)
