@@ -1,5 +1,6 @@
 """Attention over a sharded sequence. How q, k, v travel (strategy) and what computes them (kernel) are two choices."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from dit_group.kernels import KERNELS, Kernel
 from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses
 from dit_group.usp import Usp
+from videopipe.exchange import Buffers
 from videopipe.partition import JointSequence
 from videopipe.runtime import MeshGroups
 
@@ -70,6 +72,7 @@ class SequenceParallel:
         self._balance: Balance = balance
         self._more: dict[str, Any] = {"mesh": mesh} if strategy == "usp" else {}
         self._current: Layout | None = None
+        self._buffers: weakref.ref[Buffers] | None = None  # lives as long as some layout does
 
     @property
     def member(self) -> int:
@@ -91,6 +94,10 @@ class SequenceParallel:
         if text_mask is not None and not bool(text_mask.all()):
             visible = text_mask.new_ones((text_mask.shape[0], num_video))
             key_mask = torch.cat([visible, text_mask], dim=1)[:, sequence.order()]
+        buffers = None if self._buffers is None else self._buffers()
+        if buffers is None:
+            buffers = Buffers()
+            self._buffers = weakref.ref(buffers)
         attention = self._strategy(
             group=self._assist_groups[helpers] if helpers else self.group,
             member=self._member if self._member is not None else self.members + helpers.index(self._rank),
@@ -100,6 +107,7 @@ class SequenceParallel:
             key_mask=key_mask,
             heads_per_chunk=self._heads_per_chunk,
             balance=self._balance,
+            buffers=buffers,
             **self._more,
         )
         return Layout(sequence, attention)

@@ -7,13 +7,12 @@ cut into chunks in global order before the exchange, so the results concatenate 
 
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dit_group.call import run_call
 from dit_group.kernels import Kernel
-from videopipe.exchange import Exchange, PendingExchange, start_gather_tokens
+from videopipe.exchange import Buffers, Exchange, PendingExchange, start_gather_tokens
 from videopipe.partition import Partition, split_evenly
 
 Balance = Literal["heads", "rows"]
@@ -32,6 +31,9 @@ class Ulysses:
             heads, and of the N % n heads left over each member computes its own query rows: their keys and values are
             gathered, their queries and outputs do not travel, and all members do the same amount of work.
         head_counts: whole heads of each member, where they shall not be equal; zero for members that only bring tokens.
+        early_chunks: chunks whose v and k leave as soon as they are projected; the others follow chunk by chunk after
+            the early ones' q, so that the first chunk does not wait for all of v and k. None for all of them.
+        buffers: memory for what travels, shared with other layouts; None for memory of its own.
     """
 
     def __init__(
@@ -46,13 +48,18 @@ class Ulysses:
         heads_per_chunk: int | None = None,
         balance: Balance = "heads",
         head_counts: tuple[int, ...] | None = None,
+        early_chunks: int | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
+        if early_chunks is not None and early_chunks < 1:
+            raise ValueError(f"early_chunks={early_chunks} must be at least 1, nearest is 1")
         members = len(token_counts)
         self.group = group
         self.member = member
         self.token_counts = token_counts
         self.kernel = kernel
         self.key_mask = key_mask
+        self.buffers = Buffers() if buffers is None else buffers
         whole = num_heads if balance == "heads" else num_heads // members * members
         self.shared_heads = slice(whole, num_heads)
         left = split_evenly(whole, members) if head_counts is None else head_counts
@@ -63,8 +70,10 @@ class Ulysses:
             counts = left if heads_per_chunk is None else tuple(min(heads_per_chunk, n) for n in left)
             left = tuple(n - taken for n, taken in zip(left, counts, strict=True))
             heads = slice(start, start + sum(counts))
-            self.chunks.append((heads, Exchange(group, Partition(token_counts, counts), member)))
+            self.chunks.append((heads, Exchange(group, Partition(token_counts, counts), member, self.buffers)))
             start = heads.stop
+        self.num_parts = len(self.chunks) + self.has_shared_heads
+        self.early_parts = self.num_parts if early_chunks is None else min(early_chunks, self.num_parts)
 
     @property
     def has_shared_heads(self) -> bool:
@@ -87,60 +96,81 @@ class UlyssesCall:
     """One layer's attention, step by step, so that the caller computes while tensors travel.
 
     `value` may be called as soon as v is projected, then `key` and `query`; `attend` computes, and each chunk's output
-    leaves as soon as it is ready; `output` waits for what has not arrived.
+    leaves as soon as it is ready; `output` waits for what has not arrived. Every member starts its exchanges in the
+    same order, on which a process group insists.
+
+    A part is what travels and computes together: a chunk of whole heads, or at last the heads shared by query rows.
     """
 
     def __init__(self, plan: Ulysses, kernel: Kernel) -> None:
         self._plan = plan
         self._kernel = kernel
-        self._values: list[PendingExchange] = []
-        self._keys: list[PendingExchange] = []
-        self._queries: list[PendingExchange] = []
+        self._arriving: list[list[PendingExchange]] = [[] for _ in range(plan.num_parts)]  # v, k and q of each part
+        self._late: list[Tensor] = []  # v and k, whose later parts have not left yet
+        self._query: Tensor | None = None
         self._outputs: list[PendingExchange] = []
-        self._shared: list[PendingExchange] = []  # values, keys
-        self._shared_query: Tensor | None = None
         self._shared_output: Tensor | None = None
 
     def value(self, v: Tensor) -> None:
         """Send v [B, S_local, N, D] on its way."""
-        self._values = self._send(v)
-        self._gather_shared(v)
+        self._send_early(v)
 
     def key(self, k: Tensor) -> None:
         """Send k on its way."""
-        self._keys = self._send(k)
-        self._gather_shared(k)
+        self._send_early(k)
 
     def query(self, q: Tensor) -> None:
-        """Send q on its way."""
-        self._queries = self._send(q)
-        if self._plan.has_shared_heads:
-            self._shared_query = q[:, :, self._plan.shared_heads]
+        """Send q on its way, and what has been held back."""
+        plan, self._query = self._plan, q
+        for part in range(plan.num_parts):
+            if part >= plan.early_parts:
+                for x in self._late:
+                    self._send(x, part)
+            if part < len(plan.chunks):  # the queries of shared heads stay
+                self._send(q, part)
+        self._late = []
 
     def attend(self) -> None:
         """Compute the attention of this member's heads, chunk by chunk; the outputs begin to travel."""
         plan = self._plan
-        for (_, exchange), v, k, q in zip(plan.chunks, self._values, self._keys, self._queries, strict=True):
-            values, keys, queries = v.wait(), k.wait(), q.wait()  # [B, S, N_local, D]
-            out = self._kernel(queries, keys, values, plan.key_mask) if queries.shape[2] else queries
+        for (_, exchange), arriving in zip(plan.chunks, self._arriving, strict=False):
+            v, k, q = (pending.wait() for pending in arriving)  # [B, S, N_local, D]
+            out = self._kernel(q, k, v, plan.key_mask) if q.shape[2] else q.new_empty(q.shape)
+            for pending in arriving:  # the kernel is their last reader: what it gives is a tensor of its own
+                pending.done()
             self._outputs.append(exchange.start_to_tokens(out))
-        if self._shared_query is not None:  # last: it computes while the last chunk's output travels
-            values, keys = (pending.wait() for pending in self._shared)
+        if plan.has_shared_heads:  # last: it computes while the last chunk's output travels
+            assert self._query is not None, "query comes first"
+            v, k = (pending.wait() for pending in self._arriving[-1])
             # called with no rows as well: a kernel may itself be shared with other members (usp)
-            self._shared_output = self._kernel(self._shared_query, keys, values, plan.key_mask)
+            self._shared_output = self._kernel(self._query[:, :, plan.shared_heads], k, v, plan.key_mask)
+            for pending in self._arriving[-1]:
+                pending.done()
 
     def output(self) -> Tensor:
         """The attention of this member's tokens, all heads: [B, S_local, N, D]."""
-        parts = [pending.wait() for pending in self._outputs]
-        if self._shared_output is not None:
-            parts.append(self._shared_output)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-    def _send(self, x: Tensor) -> list[PendingExchange]:
-        return [exchange.start_to_heads(x[:, :, heads]) for heads, exchange in self._plan.chunks]
-
-    def _gather_shared(self, x: Tensor) -> None:
         plan = self._plan
-        if plan.has_shared_heads:
-            part = x[:, :, plan.shared_heads]
-            self._shared.append(start_gather_tokens(part, plan.token_counts, plan.group, plan.member))
+        if plan.num_parts == 1:
+            return self._outputs[0].wait() if self._shared_output is None else self._shared_output
+        assert self._query is not None, "query comes first"
+        whole = self._query.new_empty(self._query.shape)
+        for (heads, _), pending in zip(plan.chunks, self._outputs, strict=True):
+            pending.wait_into(whole[:, :, heads])
+        if self._shared_output is not None:
+            whole[:, :, plan.shared_heads] = self._shared_output
+        return whole
+
+    def _send_early(self, x: Tensor) -> None:
+        for part in range(self._plan.early_parts):
+            self._send(x, part)
+        self._late.append(x)
+
+    def _send(self, x: Tensor, part: int) -> None:
+        plan = self._plan
+        if part < len(plan.chunks):
+            heads, exchange = plan.chunks[part]
+            pending = exchange.start_to_heads(x[:, :, heads])
+        else:
+            shared = x[:, :, plan.shared_heads]
+            pending = start_gather_tokens(shared, plan.token_counts, plan.group, plan.member, buffers=plan.buffers)
+        self._arriving[part].append(pending)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dit_group.kernels import Kernel
 from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses, UlyssesCall
+from videopipe.exchange import Buffers
 from videopipe.partition import offsets
 from videopipe.runtime import MeshGroups
 
@@ -38,9 +39,11 @@ class Usp:
         heads_per_chunk: int | None = None,
         balance: Balance = "heads",
         head_counts: tuple[int, ...] | None = None,
+        buffers: Buffers | None = None,
         mesh: MeshGroups | None,
     ) -> None:
         members = len(token_counts)
+        buffers = Buffers() if buffers is None else buffers
         if mesh is None or mesh.mesh.members != members:
             found = None if mesh is None else mesh.mesh.members
             raise ValueError(f"mesh of {found} members cannot hold {members}: attention.strategy='usp' needs {members}")
@@ -58,6 +61,7 @@ class Usp:
             num_heads=num_heads,
             kernel=kernel,
             key_mask=key_mask,
+            buffers=buffers,
         )
 
         def around_the_ring(q: Tensor, k: Tensor, v: Tensor, line_mask: Tensor | None) -> Tensor:
@@ -76,6 +80,7 @@ class Usp:
             heads_per_chunk=heads_per_chunk,
             balance=balance,
             head_counts=head_counts,
+            buffers=buffers,
         )
 
     def begin(self, kernel: Kernel | None = None) -> UlyssesCall:
