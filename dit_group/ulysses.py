@@ -18,6 +18,21 @@ from videopipe.partition import Partition, split_evenly
 Balance = Literal["heads", "rows"]
 
 
+def early_chunks(num_chunks: int, projection_s: float, transfer_s: float) -> int:
+    """Of how many chunks v and k should leave as soon as they are projected.
+
+    While k and q are projected the link can carry so much; what is more delays the first chunk's k and q, and what is
+    less leaves the link idle.
+
+    Args:
+        projection_s: seconds to project one of v, k and q.
+        transfer_s: seconds in which all chunks of one of them travel.
+    Returns:
+        Between 1 and num_chunks.
+    """
+    return max(1, min(num_chunks, round(num_chunks * projection_s / transfer_s))) if transfer_s else num_chunks
+
+
 class Ulysses:
     """Attention over one laid-out sequence.
 
@@ -32,7 +47,8 @@ class Ulysses:
             gathered, their queries and outputs do not travel, and all members do the same amount of work.
         head_counts: whole heads of each member, where they shall not be equal; zero for members that only bring tokens.
         early_chunks: chunks whose v and k leave as soon as they are projected; the others follow chunk by chunk after
-            the early ones' q, so that the first chunk does not wait for all of v and k. None for all of them.
+            the early ones' q, so that the first chunk does not wait for all of v and k. None for half of them; see
+            `early_chunks`.
         buffers: memory for what travels, shared with other layouts; None for memory of its own.
     """
 
@@ -73,7 +89,7 @@ class Ulysses:
             self.chunks.append((heads, Exchange(group, Partition(token_counts, counts), member, self.buffers)))
             start = heads.stop
         self.num_parts = len(self.chunks) + self.has_shared_heads
-        self.early_parts = self.num_parts if early_chunks is None else min(early_chunks, self.num_parts)
+        self.early_parts = min(early_chunks or -(-len(self.chunks) // 2), self.num_parts)
 
     @property
     def has_shared_heads(self) -> bool:

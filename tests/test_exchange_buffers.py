@@ -4,7 +4,7 @@
 twins give back too early, each at another place, and must be noticed.
 """
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_no_two_live_tensors_share_memory_and_buffers_are_few(actions: list[tupl
         used = [t for t in live if t.numel()]
         most = max(most, len(used))
         spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes) for t in used)
-        assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
         assert buffers.free_bytes <= (most - len(used)) * 40 * 8, "more buffers than were in use at once"
 
 

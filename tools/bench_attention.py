@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -149,7 +149,30 @@ def timed(run: Callable[[], Tensor], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def be_rank(rank: int, case: Case, store_path: str, results: "multiprocessing.Queue[dict[str, list[float]]]") -> None:
+def on_ranks(target: Callable[..., None], count: int, case: Any) -> Any:
+    """Run `target(rank, case, folder, results)` on so many processes; what one of them puts into the queue `results`.
+
+    Raises:
+        SystemExit: one of them failed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=target, args=(rank, case, folder, results)) for rank in range(count)]
+        for process in processes:
+            process.start()
+        while results.empty() and all(process.exitcode in (None, 0) for process in processes):
+            time.sleep(0.05)
+        if results.empty():
+            raise SystemExit("a rank failed; its error is above")
+        found = results.get()
+        for process in processes:
+            process.join()
+    return found
+
+
+def be_rank(rank: int, case: Case, folder: str, results: "multiprocessing.Queue[dict[str, list[float]]]") -> None:
     """Time every variant in turn, `repetitions` times; rank 0 sends the slowest rank's seconds."""
     torch.set_num_threads(1)
     ranks, helpers = case.ranks, case.helpers
@@ -159,7 +182,7 @@ def be_rank(rank: int, case: Case, store_path: str, results: "multiprocessing.Qu
         world_size=ranks + helpers,
         dit_ranks=tuple(range(ranks)),
         device=device,
-        store=FileStore(store_path, ranks + helpers),
+        store=FileStore(str(Path(folder) / "store"), ranks + helpers),
         helper_sets=helper_sets(range(ranks, ranks + helpers)),
     )
     layers = {}
@@ -235,21 +258,7 @@ def main(
         repetitions=repetitions,
         device=device,
     )
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [(rank, case, str(Path(folder) / "store"), results) for rank in range(ranks + helpers)]
-        processes = [context.Process(target=be_rank, args=a) for a in arguments]
-        for process in processes:
-            process.start()
-        while results.empty() and all(process.exitcode in (None, 0) for process in processes):
-            time.sleep(0.05)
-        if results.empty():
-            raise SystemExit("a rank failed; its error is above")
-        seconds = results.get()
-        for process in processes:
-            process.join()
+    seconds = on_ranks(be_rank, ranks + helpers, case)
     reference = next(iter(seconds.values()))
     table = Table(title=f"one layer, {video} + {text} tokens, {heads} heads x {head_dim}, {ranks} ranks, {device}")
     for column in ("variant", "median ms", "ratio to ulysses", "p10", "p90"):

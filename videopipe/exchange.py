@@ -38,7 +38,7 @@ class Buffers:
                 del self._free[max(sizes, key=sizes.__getitem__)]
             return like.new_empty(numel)
         smallest = self._free.pop(min(fitting, key=sizes.__getitem__))
-        return like.new_empty(0).set_(smallest, 0, (numel,))
+        return like.new_empty(0).set_(smallest, 0, (numel,), (1,))
 
     def give_back(self, flat: Tensor) -> None:
         """What `take` gave will not be read or written any more by its taker, nor by anybody it was shown to."""
