@@ -11,13 +11,12 @@ Source: Ring Attention with Blockwise Transformers (arXiv 2310.01889), without a
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dit_group.call import run_call
 from dit_group.kernels import Kernel, KernelWithLse, kernel_with_lse, merge_partial
 from dit_group.ulysses import Balance
-from videopipe.exchange import Buffers, PendingExchange, start_take_from_previous
+from videopipe.exchange import Buffers, Group, PendingExchange, start_take_from_previous
 from videopipe.partition import offsets
 
 
@@ -38,7 +37,7 @@ class Ring:
     def __init__(
         self,
         *,
-        group: dist.ProcessGroup | None,
+        group: Group | None,
         member: int,
         token_counts: tuple[int, ...],
         num_heads: int,

@@ -7,12 +7,11 @@ cut into chunks in global order before the exchange, so the results concatenate 
 
 from typing import Literal
 
-import torch.distributed as dist
 from torch import Tensor
 
 from dit_group.call import run_call
 from dit_group.kernels import Kernel
-from videopipe.exchange import Buffers, Exchange, PendingExchange, start_gather_tokens
+from videopipe.exchange import Buffers, Exchange, Group, PendingExchange, start_gather_tokens
 from videopipe.partition import Partition, split_evenly
 
 Balance = Literal["heads", "rows"]
@@ -41,7 +40,8 @@ class Ulysses:
         num_heads: heads of the layer (N).
         kernel: computes the attention of some heads over all tokens.
         key_mask: bool [B, S] in the joint order, or None.
-        heads_per_chunk: heads of each member that travel and compute together; None for all at once (the plain path).
+        heads_per_chunk: at most so many heads of each member travel and compute together, in chunks of nearly equal
+            sizes; None for all at once (the plain path).
         balance: `heads` splits whole heads, 24 on 7 as 4, 4, 4, 3, 3, 3, 3. `rows` gives each member N // n whole
             heads, and of the N % n heads left over each member computes its own query rows: their keys and values are
             gathered, their queries and outputs do not travel, and all members do the same amount of work.
@@ -55,7 +55,7 @@ class Ulysses:
     def __init__(
         self,
         *,
-        group: dist.ProcessGroup | None,
+        group: Group | None,
         member: int,
         token_counts: tuple[int, ...],
         num_heads: int,
@@ -80,11 +80,12 @@ class Ulysses:
         self.shared_heads = slice(whole, num_heads)
         left = split_evenly(whole, members) if head_counts is None else head_counts
         assert sum(left) == whole, (left, whole, num_heads, balance)
+        num_chunks = min(max(left), 1) if heads_per_chunk is None else -(-max(left) // heads_per_chunk)
+        # of nearly equal sizes, the smaller ones first: the sooner the first chunk has come, the less time is idle
+        shares = [split_evenly(n, num_chunks)[::-1] for n in left] if num_chunks else []
         self.chunks: list[tuple[slice, Exchange]] = []
         start = 0
-        while start < whole:
-            counts = left if heads_per_chunk is None else tuple(min(heads_per_chunk, n) for n in left)
-            left = tuple(n - taken for n, taken in zip(left, counts, strict=True))
+        for counts in zip(*shares, strict=True):
             heads = slice(start, start + sum(counts))
             self.chunks.append((heads, Exchange(group, Partition(token_counts, counts), member, self.buffers)))
             start = heads.stop
@@ -151,14 +152,14 @@ class UlyssesCall:
         plan = self._plan
         for (_, exchange), arriving in zip(plan.chunks, self._arriving, strict=False):
             v, k, q = (pending.wait() for pending in arriving)  # [B, S, N_local, D]
-            out = self._kernel(q, k, v, plan.key_mask) if q.shape[2] else q.new_empty(q.shape)
+            # called with no heads or rows as well: a kernel may itself be shared with other members (usp)
+            out = self._kernel(q, k, v, plan.key_mask)
             for pending in arriving:  # the kernel is their last reader: what it gives is a tensor of its own
                 pending.done()
             self._outputs.append(exchange.start_to_tokens(out))
         if plan.has_shared_heads:  # last: it computes while the last chunk's output travels
             assert self._query is not None, "query comes first"
             v, k = (pending.wait() for pending in self._arriving[-1])
-            # called with no rows as well: a kernel may itself be shared with other members (usp)
             self._shared_output = self._kernel(self._query[:, :, plan.shared_heads], k, v, plan.key_mask)
             for pending in self._arriving[-1]:
                 pending.done()

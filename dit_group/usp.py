@@ -12,7 +12,7 @@ from torch import Tensor
 from dit_group.kernels import Kernel
 from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses, UlyssesCall
-from videopipe.exchange import Buffers
+from videopipe.exchange import Buffers, Subset
 from videopipe.partition import offsets
 from videopipe.runtime import MeshGroups
 
@@ -21,8 +21,8 @@ class Usp:
     """Attention over one laid-out sequence; arguments as for `Ulysses`, where heads are those of a line of the mesh.
 
     Args:
-        group: not used, the mesh has its own groups.
-        mesh: this member's groups; the members of `token_counts` are the members of the mesh.
+        group: of all members of the mesh. Both axes use it, since transfers along both are under way at once.
+        mesh: the axes; the members of `token_counts` are the members of the mesh.
     Raises:
         ValueError: no mesh, one of another size, or a kernel without log-sum-exp.
     """
@@ -54,8 +54,12 @@ class Usp:
         if key_mask is not None:  # from member order to the order in which lines lie on the ring
             order = [p for others in lines for other in others for p in range(start[other], start[other + 1])]
             key_mask = key_mask[:, order]
+
+        def axis(ends: tuple[int, ...]) -> Subset | None:
+            return Subset(group, ends, members) if group is not None and len(ends) > 1 else None
+
         ring = Ring(
-            group=mesh.ring,
+            group=axis(ring_line),
             member=ring_line.index(member),
             token_counts=tuple(sum(token_counts[other] for other in others) for others in lines),
             num_heads=num_heads,
@@ -71,7 +75,7 @@ class Usp:
 
         self.ring = ring
         self.line = Ulysses(
-            group=mesh.ulysses,
+            group=axis(line),
             member=line.index(member),
             token_counts=tuple(token_counts[other] for other in line),
             num_heads=num_heads,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,32 @@ from torch import Tensor
 from videopipe.partition import Partition
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some members of a group, who exchange among themselves through the group's own all-to-all.
+
+    The members that are not in it exchange in subsets of their own at the same time: all members of the group make the
+    same number of calls in the same order. One group has one stream of communication; two groups used at once, as the
+    axes of a mesh would be, may wait for each other in another order on each device and never end (torch's
+    documentation of `new_group` forbids it for NCCL).
+    """
+
+    group: dist.ProcessGroup
+    members: tuple[int, ...]
+    size: int
+
+    def __post_init__(self) -> None:
+        assert list(self.members) == sorted(set(self.members)) and self.members[-1] < self.size, self
+
+    def spread(self, counts: Sequence[int]) -> list[int]:
+        """One number for each member of the group, zero for those outside, from one for each member in here."""
+        inside = dict(zip(self.members, counts, strict=True))
+        return [inside.get(member, 0) for member in range(self.size)]
+
+
+Group = dist.ProcessGroup | Subset
 
 
 class Buffers:
@@ -135,9 +162,7 @@ class Exchange:
         buffers: memory for packing and receiving that is used again; None for fresh memory each time.
     """
 
-    def __init__(
-        self, group: dist.ProcessGroup | None, partition: Partition, member: int, buffers: Buffers | None = None
-    ) -> None:
+    def __init__(self, group: Group | None, partition: Partition, member: int, buffers: Buffers | None = None) -> None:
         if group is None and partition.members != 1:
             raise ValueError(f"group=None needs a partition of one member, not {partition.members}")
         self.group = group
@@ -185,7 +210,7 @@ class Exchange:
 def start_gather_tokens(
     x: Tensor,
     token_counts: Sequence[int],
-    group: dist.ProcessGroup | None,
+    group: Group | None,
     member: int,
     dim: int = 1,
     buffers: Buffers | None = None,
@@ -210,9 +235,7 @@ def start_gather_tokens(
     return PendingExchange(work, sent, received, shapes, dim, packed=True, buffers=buffers)
 
 
-def gather_tokens(
-    x: Tensor, token_counts: Sequence[int], group: dist.ProcessGroup | None, member: int, dim: int = 1
-) -> Tensor:
+def gather_tokens(x: Tensor, token_counts: Sequence[int], group: Group | None, member: int, dim: int = 1) -> Tensor:
     """As `start_gather_tokens`, blocking; with one member the tensor itself."""
     if group is None:
         return x
@@ -222,7 +245,7 @@ def gather_tokens(
 def start_take_from_previous(
     x: Tensor,
     num_tokens: int,
-    group: dist.ProcessGroup,
+    group: Group,
     member: int,
     members: int,
     buffers: Buffers | None = None,
@@ -248,9 +271,11 @@ def start_take_from_previous(
 
 
 def _all_to_all(
-    sent: Tensor, leaving: list[int], arriving: list[int], group: dist.ProcessGroup, buffers: Buffers | None
+    sent: Tensor, leaving: list[int], arriving: list[int], group: Group, buffers: Buffers | None
 ) -> tuple[dist.Work | None, Tensor]:
     """Begin to send `leaving[peer]` elements to each member; what will be the received ones lie in member order."""
+    if isinstance(group, Subset):
+        leaving, arriving, group = group.spread(leaving), group.spread(arriving), group.group
     received = _take(sum(arriving), sent, buffers)
     work = dist.all_to_all_single(
         received, sent, output_split_sizes=arriving, input_split_sizes=leaving, group=group, async_op=True
