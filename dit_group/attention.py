@@ -14,6 +14,7 @@ from dit_group.kernels import KERNELS, Kernel
 from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses
 from dit_group.usp import Usp
+from dit_group.xfuser import Xfuser
 from videopipe.exchange import Buffers
 from videopipe.partition import JointSequence
 from videopipe.runtime import MeshGroups
@@ -26,7 +27,7 @@ class Strategy(Protocol):
         """The attention of one layer; `kernel` in place of the strategy's own, where layers differ."""
 
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {"ulysses": Ulysses, "ring": Ring, "usp": Usp}
+STRATEGIES: dict[str, Callable[..., Strategy]] = {"ulysses": Ulysses, "ring": Ring, "usp": Usp, "xfuser": Xfuser}
 MERGING = ("ring", "usp")  # they merge partial results, so the kernel must have a log-sum-exp form
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dit_group.call import run_call
 from dit_group.kernels import Kernel, KernelWithLse, kernel_with_lse, merge_partial
-from dit_group.ulysses import Balance
+from dit_group.ulysses import Balance, refuse_divided_heads
 from videopipe.exchange import Buffers, Group, PendingExchange, start_take_from_previous
 from videopipe.partition import offsets
 
@@ -48,13 +48,7 @@ class Ring:
         head_counts: tuple[int, ...] | None = None,
         buffers: Buffers | None = None,
     ) -> None:
-        for name, value, default in (
-            ("heads_per_chunk", heads_per_chunk, None),
-            ("balance", balance, "heads"),
-            ("head_counts", head_counts, None),
-        ):
-            if value != default:
-                raise ValueError(f"{name}={value!r} divides heads, but a ring does not; nearest is {default!r}")
+        refuse_divided_heads("a ring", heads_per_chunk, balance, head_counts)
         if group is None and len(token_counts) != 1:
             raise ValueError(f"group=None needs token_counts of one member, not {len(token_counts)}")
         self.group = group

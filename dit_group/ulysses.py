@@ -17,6 +17,23 @@ from videopipe.partition import Partition, split_evenly
 Balance = Literal["heads", "rows"]
 
 
+def refuse_divided_heads(
+    strategy: str, heads_per_chunk: int | None, balance: Balance, head_counts: tuple[int, ...] | None
+) -> None:
+    """For strategies without these choices.
+
+    Raises:
+        ValueError: one of them has another value than its default.
+    """
+    for name, value, default in (
+        ("heads_per_chunk", heads_per_chunk, None),
+        ("balance", balance, "heads"),
+        ("head_counts", head_counts, None),
+    ):
+        if value != default:
+            raise ValueError(f"{name}={value!r} divides heads, but {strategy} does not; nearest is {default!r}")
+
+
 def early_chunks(num_chunks: int, projection_s: float, transfer_s: float) -> int:
     """Of how many chunks v and k should leave as soon as they are projected.
 

@@ -267,7 +267,7 @@ def test_a_mesh_of_another_size_is_refused(mesh: MeshGroups | None) -> None:
     [
         (
             ["attention.strategy=usq"],
-            "attention.strategy='usq' must be one of 'ulysses', 'ring', 'usp'; nearest is 'usp'",
+            "attention.strategy='usq' must be one of 'ulysses', 'ring', 'usp', 'xfuser'; nearest is 'usp'",
         ),
         (["attention.strategy=ring", "attention.balance=rows"], "attention.balance='rows' means nothing to .*'heads'"),
         (["attention.strategy=ring", "attention.heads_per_chunk=2"], "heads_per_chunk=2 means nothing to .*'all'"),

@@ -2,13 +2,14 @@
 
 `python -m tools.bench_attention --ranks 4 --helpers 1 --heads 24 --video 2304 --text 32` starts gloo ranks on the CPU
 (`--device cuda`: NCCL, one GPU each) and times the same layer (projections of v, k, q, attention, output projection)
-on the same tensors in turn: Ulysses, PipeSP with each chunk size, leftover heads by query rows, ring, USP with each
-degree that divides the ranks, and attention co-processing with each number of helpers. Warm-up excluded; the slowest
-rank counts. With one rank it shows what cutting attention into chunks of heads costs. A ratio below 1 is faster than
-plain Ulysses.
+on the same tensors in turn: Ulysses, the same on fresh memory in every exchange, PipeSP with each chunk size, leftover
+heads by query rows, ring, USP with each degree that divides the ranks, xfuser's exchange where yunchang is installed
+and sizes divide, and attention co-processing with each number of helpers. Warm-up excluded; the slowest rank counts.
+With one rank it shows what cutting attention into chunks of heads costs. A ratio below 1 is faster than plain Ulysses.
 `--link-gbit 2` emulates a link of 2 Gbit/s between the ranks: transfers then take time and no processor, and can hide.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ from torch.distributed import FileStore
 from dit_group.attention import STRATEGIES, Strategy
 from dit_group.kernels import KERNELS
 from dit_group.ulysses import Balance
+from videopipe.exchange import Buffers
 from videopipe.files import write_bytes
 from videopipe.partition import JointSequence, Mesh
 from videopipe.runtime import MeshGroups, Runtime, end_runtime, start_mesh, start_runtime, synchronize
@@ -56,7 +58,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to move heads. `ulysses_degree` is that of a mesh, 0 where there is none."""
+    """One way to move heads. `ulysses_degree` is that of a mesh, 0 for none; `fresh`: uses no memory again."""
 
     name: str
     strategy: str = "ulysses"
@@ -64,6 +66,14 @@ class Variant:
     balance: Balance = "heads"
     helpers: int = 0
     ulysses_degree: int = 0
+    fresh: bool = False
+
+
+class FreshMemory(Buffers):
+    """Forgets what it is given back, so that every exchange has new memory."""
+
+    def give_back(self, flat: Tensor) -> None:
+        """Let it go."""
 
 
 def variants(case: Case) -> list[Variant]:
@@ -71,6 +81,8 @@ def variants(case: Case) -> list[Variant]:
     ranks, heads, helpers = case.ranks, case.heads, case.helpers
     share = -(-heads // ranks)
     rows = [Variant(name="ulysses")]
+    if ranks > 1:
+        rows.append(Variant(name="ulysses, fresh memory", fresh=True))
     rows += [Variant(name=f"pipesp, {chunk} heads a chunk", chunk=chunk) for chunk in range(1, share) if chunk <= 6]
     if heads % ranks:
         rows.append(Variant(name="leftover heads by rows", balance="rows"))
@@ -81,6 +93,9 @@ def variants(case: Case) -> list[Variant]:
         if ranks % degree == 0:
             name = f"usp, {degree} divide heads, rings of {ranks // degree}"
             rows.append(Variant(name=name, strategy="usp", ulysses_degree=degree))
+    even = not (case.video % ranks or case.text % ranks or heads % ranks)
+    if ranks > 1 and even and importlib.util.find_spec("yunchang") is not None:
+        rows.append(Variant(name="xfuser", strategy="xfuser"))
     for count in range(1, helpers + 1):
         rows.append(Variant(name=f"co-processing, {count} helpers", helpers=count))
         rows.append(Variant(name=f"co-processing, {count} helpers, 1 head a chunk", helpers=count, chunk=1))
@@ -121,6 +136,7 @@ class Layer:
                 key_mask=None,
                 heads_per_chunk=variant.chunk,
                 balance=variant.balance,
+                buffers=FreshMemory() if variant.fresh else None,
                 **({"mesh": mesh} if variant.ulysses_degree else {}),
             )
 
