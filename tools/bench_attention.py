@@ -54,6 +54,7 @@ class Case:
     text: int
     repetitions: int
     device: str
+    exchange_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,12 +82,14 @@ def variants(case: Case) -> list[Variant]:
     ranks, heads, helpers = case.ranks, case.heads, case.helpers
     share = -(-heads // ranks)
     rows = [Variant(name="ulysses")]
-    if ranks > 1:
-        rows.append(Variant(name="ulysses, fresh memory", fresh=True))
     rows += [Variant(name=f"pipesp, {chunk} heads a chunk", chunk=chunk) for chunk in range(1, share) if chunk <= 6]
+    if ranks > 1:
+        rows += [Variant(name=f"{row.name}, fresh memory", chunk=row.chunk, fresh=True) for row in rows[:2]]
     if heads % ranks:
         rows.append(Variant(name="leftover heads by rows", balance="rows"))
         rows.append(Variant(name="leftover heads by rows, 1 head a chunk", balance="rows", chunk=1))
+    if case.exchange_only:
+        return rows
     if ranks > 1:
         rows.append(Variant(name="ring", strategy="ring"))
     for degree in range(2, ranks):
@@ -122,9 +125,11 @@ class Layer:
         def weights(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(runtime.device, dtype) / shape[-1] ** 0.5
 
-        self._projections = [weights(width, width) for _ in range(4)] if member < ranks else []
+        projects = member < ranks and not case.exchange_only
+        self._projections = [weights(width, width) for _ in range(4)] if projects else []
         self.tokens = weights(1, tokens, width) if member < ranks else torch.empty(1, 0, width)
-        self._nothing = torch.empty((1, 0, heads, dim), dtype=dtype, device=runtime.device)
+        nothing = torch.empty((1, 0, heads, dim), dtype=dtype, device=runtime.device)
+        self._heads_of_tokens = self.tokens.unflatten(2, (heads, dim)) if member < ranks else nothing
         self._attention: Strategy | None = None
         if self.takes_part:
             self._attention = STRATEGIES[variant.strategy](
@@ -132,7 +137,7 @@ class Layer:
                 member=member,
                 token_counts=counts,
                 num_heads=heads,
-                kernel=KERNELS["sdpa"],
+                kernel=pass_on if case.exchange_only else KERNELS["sdpa"],
                 key_mask=None,
                 heads_per_chunk=variant.chunk,
                 balance=variant.balance,
@@ -146,7 +151,7 @@ class Layer:
         call = self._attention.begin()
         if not self._projections:
             for send in (call.value, call.key, call.query):
-                send(self._nothing)
+                send(self._heads_of_tokens)
             call.attend()
             return call.output()
         to_v, to_k, to_q, to_out = self._projections
@@ -154,6 +159,11 @@ class Layer:
             send((self.tokens @ weight.T).unflatten(2, (self._heads, -1)))
         call.attend()
         return call.output().flatten(2) @ to_out.T
+
+
+def pass_on(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """In the place of attention, where only what travels is of interest."""
+    return q.clone()
 
 
 def timed(run: Callable[[], Tensor], device: torch.device) -> float:
@@ -257,6 +267,7 @@ def main(
     text: Annotated[int, typer.Option(help="text tokens")] = 32,
     repetitions: Annotated[int, typer.Option(help="counted runs of each variant")] = 10,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the ranks run")] = "cpu",
+    exchange_only: Annotated[bool, typer.Option(help="no projections and no attention, only what travels")] = False,
     link_gbit: Annotated[
         float, typer.Option(help="Gbit/s of an emulated link between the ranks (Linux, root); 0 for none")
     ] = 0.0,
@@ -273,6 +284,7 @@ def main(
         text=text,
         repetitions=repetitions,
         device=device,
+        exchange_only=exchange_only,
     )
     seconds = on_ranks(be_rank, ranks + helpers, case)
     reference = next(iter(seconds.values()))
