@@ -67,6 +67,8 @@ class Ulysses:
             the early ones' q, so that the first chunk does not wait for all of v and k. None for half of them; see
             `early_chunks`.
         buffers: memory for what travels, shared with other layouts; None for memory of its own.
+        collective_kernel: whether the kernel itself exchanges something with other members (usp), so that a member
+            calls it even where it has no heads.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Ulysses:
         head_counts: tuple[int, ...] | None = None,
         early_chunks: int | None = None,
         buffers: Buffers | None = None,
+        collective_kernel: bool = False,
     ) -> None:
         if early_chunks is not None and early_chunks < 1:
             raise ValueError(f"early_chunks={early_chunks} must be at least 1, nearest is 1")
@@ -92,6 +95,7 @@ class Ulysses:
         self.token_counts = token_counts
         self.kernel = kernel
         self.key_mask = key_mask
+        self.collective_kernel = collective_kernel
         self.buffers = Buffers() if buffers is None else buffers
         whole = num_heads if balance == "heads" else num_heads // members * members
         self.shared_heads = slice(whole, num_heads)
@@ -169,8 +173,8 @@ class UlyssesCall:
         plan = self._plan
         for (_, exchange), arriving in zip(plan.chunks, self._arriving, strict=False):
             v, k, q = (pending.wait() for pending in arriving)  # [B, S, N_local, D]
-            # called with no heads or rows as well: a kernel may itself be shared with other members (usp)
-            out = self._kernel(q, k, v, plan.key_mask)
+            called = q.shape[2] > 0 or plan.collective_kernel
+            out = self._kernel(q, k, v, plan.key_mask) if called else q.new_empty(q.shape)
             for pending in arriving:  # the kernel is their last reader: what it gives is a tensor of its own
                 pending.done()
             self._outputs.append(exchange.start_to_tokens(out))

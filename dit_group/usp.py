@@ -85,6 +85,7 @@ class Usp:
             balance=balance,
             head_counts=head_counts,
             buffers=buffers,
+            collective_kernel=True,
         )
 
     def begin(self, kernel: Kernel | None = None) -> UlyssesCall:
