@@ -1,5 +1,6 @@
 """Attention over a sharded sequence. How q, k, v travel (strategy) and what computes them (kernel) are two choices."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +14,8 @@ from dit_group.kernels import KERNELS, Kernel
 from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses
 from dit_group.usp import Usp
+from dit_group.xfuser import Xfuser
+from videopipe.exchange import Buffers
 from videopipe.partition import JointSequence
 from videopipe.runtime import MeshGroups
 
@@ -24,7 +27,7 @@ class Strategy(Protocol):
         """The attention of one layer; `kernel` in place of the strategy's own, where layers differ."""
 
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {"ulysses": Ulysses, "ring": Ring, "usp": Usp}
+STRATEGIES: dict[str, Callable[..., Strategy]] = {"ulysses": Ulysses, "ring": Ring, "usp": Usp, "xfuser": Xfuser}
 MERGING = ("ring", "usp")  # they merge partial results, so the kernel must have a log-sum-exp form
 
 
@@ -104,6 +107,7 @@ class SequenceParallel:
         self._more: dict[str, Any] = {"mesh": mesh} if strategy == "usp" else {}
         self.branch = branch
         self._current: Layout | None = None
+        self._buffers: weakref.ref[Buffers] | None = None  # lives as long as some layout does
 
     def lay_out(
         self, num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
@@ -119,6 +123,10 @@ class SequenceParallel:
         if text_mask is not None and not bool(text_mask.all()):
             visible = text_mask.new_ones((text_mask.shape[0], num_video))
             key_mask = torch.cat([visible, text_mask], dim=1)[:, sequence.order()]
+        buffers = None if self._buffers is None else self._buffers()
+        if buffers is None:
+            buffers = Buffers()
+            self._buffers = weakref.ref(buffers)
         attention = self._strategy(
             group=self._assist_groups[helpers] if helpers else self._group,
             member=self._member if self._member is not None else self.members + helpers.index(self._rank),
@@ -128,6 +136,7 @@ class SequenceParallel:
             key_mask=key_mask,
             heads_per_chunk=self._heads_per_chunk,
             balance=self._balance,
+            buffers=buffers,
             **self._more,
         )
         return Layout(sequence, attention, self._group, self._member, self.branch)

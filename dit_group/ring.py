@@ -11,13 +11,12 @@ Source: Ring Attention with Blockwise Transformers (arXiv 2310.01889), without a
 """
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dit_group.call import run_call
 from dit_group.kernels import Kernel, KernelWithLse, kernel_with_lse, merge_partial
-from dit_group.ulysses import Balance
-from videopipe.exchange import PendingExchange, start_take_from_previous
+from dit_group.ulysses import Balance, refuse_divided_heads
+from videopipe.exchange import Buffers, Group, PendingExchange, start_take_from_previous
 from videopipe.partition import offsets
 
 
@@ -30,6 +29,7 @@ class Ring:
         kernel: one with a log-sum-exp form (`kernels.WITH_LSE`).
         key_mask: bool [B, S] in the joint order, or None. It is known everywhere and does not travel.
         heads_per_chunk, balance, head_counts: as for `Ulysses`; here heads are not divided, so only the defaults.
+        buffers: memory for what travels, shared with other layouts; None for memory of its own.
     Raises:
         ValueError: a kernel without log-sum-exp, or a division of heads.
     """
@@ -37,7 +37,7 @@ class Ring:
     def __init__(
         self,
         *,
-        group: dist.ProcessGroup | None,
+        group: Group | None,
         member: int,
         token_counts: tuple[int, ...],
         num_heads: int,
@@ -46,14 +46,9 @@ class Ring:
         heads_per_chunk: int | None = None,
         balance: Balance = "heads",
         head_counts: tuple[int, ...] | None = None,
+        buffers: Buffers | None = None,
     ) -> None:
-        for name, value, default in (
-            ("heads_per_chunk", heads_per_chunk, None),
-            ("balance", balance, "heads"),
-            ("head_counts", head_counts, None),
-        ):
-            if value != default:
-                raise ValueError(f"{name}={value!r} divides heads, but a ring does not; nearest is {default!r}")
+        refuse_divided_heads("a ring", heads_per_chunk, balance, head_counts)
         if group is None and len(token_counts) != 1:
             raise ValueError(f"group=None needs token_counts of one member, not {len(token_counts)}")
         self.group = group
@@ -61,6 +56,7 @@ class Ring:
         self.token_counts = token_counts
         self.num_heads = num_heads
         self.kernel = kernel_with_lse(kernel)
+        self.buffers = Buffers() if buffers is None else buffers
         start = offsets(token_counts)
         self.blocks = [_Block(key_mask, slice(start[i], start[i + 1])) for i in range(len(token_counts))]
 
@@ -137,10 +133,13 @@ class RingCall:
         assert q is not None and k is not None and v is not None, "value, key and query come first"
         members = len(plan.token_counts)
         out = lse = None
+        in_hand: list[PendingExchange] = []
         for turn in range(members):
             if turn:
                 v, k = (pending.wait() for pending in self._arriving)
-                self._arriving = []
+                for pending in in_hand:  # computed with in the last turn, and by now handed on
+                    pending.done()
+                in_hand, self._arriving = self._arriving, []
                 self._hand_on(v, turn)
                 self._hand_on(k, turn)
             block = plan.blocks[(plan.member - turn) % members]
@@ -151,6 +150,8 @@ class RingCall:
                 out, lse = part.to(part_lse.dtype), part_lse
             else:
                 out, lse = merge_partial(out, lse, part, part_lse)
+        for pending in in_hand:
+            pending.done()
         self._output = torch.zeros_like(q) if out is None else out.to(q.dtype)
 
     def output(self) -> Tensor:
@@ -165,4 +166,4 @@ class RingCall:
         if turn + 1 < members:
             assert plan.group is not None
             arriving = plan.token_counts[(plan.member - turn - 1) % members]
-            self._arriving.append(start_take_from_previous(x, arriving, plan.group, plan.member, members))
+            self._arriving.append(start_take_from_previous(x, arriving, plan.group, plan.member, members, plan.buffers))

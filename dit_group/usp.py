@@ -12,6 +12,7 @@ from torch import Tensor
 from dit_group.kernels import Kernel
 from dit_group.ring import Ring
 from dit_group.ulysses import Balance, Ulysses, UlyssesCall
+from videopipe.exchange import Buffers, Subset
 from videopipe.partition import offsets
 from videopipe.runtime import MeshGroups
 
@@ -20,8 +21,8 @@ class Usp:
     """Attention over one laid-out sequence; arguments as for `Ulysses`, where heads are those of a line of the mesh.
 
     Args:
-        group: not used, the mesh has its own groups.
-        mesh: this member's groups; the members of `token_counts` are the members of the mesh.
+        group: of all members of the mesh. Both axes use it, since transfers along both are under way at once.
+        mesh: the axes; the members of `token_counts` are the members of the mesh.
     Raises:
         ValueError: no mesh, one of another size, or a kernel without log-sum-exp.
     """
@@ -38,9 +39,11 @@ class Usp:
         heads_per_chunk: int | None = None,
         balance: Balance = "heads",
         head_counts: tuple[int, ...] | None = None,
+        buffers: Buffers | None = None,
         mesh: MeshGroups | None,
     ) -> None:
         members = len(token_counts)
+        buffers = Buffers() if buffers is None else buffers
         if mesh is None or mesh.mesh.members != members:
             found = None if mesh is None else mesh.mesh.members
             raise ValueError(f"mesh of {found} members cannot hold {members}: attention.strategy='usp' needs {members}")
@@ -51,13 +54,18 @@ class Usp:
         if key_mask is not None:  # from member order to the order in which lines lie on the ring
             order = [p for others in lines for other in others for p in range(start[other], start[other + 1])]
             key_mask = key_mask[:, order]
+
+        def axis(ends: tuple[int, ...]) -> Subset | None:
+            return Subset(group, ends, members) if group is not None and len(ends) > 1 else None
+
         ring = Ring(
-            group=mesh.ring,
+            group=axis(ring_line),
             member=ring_line.index(member),
             token_counts=tuple(sum(token_counts[other] for other in others) for others in lines),
             num_heads=num_heads,
             kernel=kernel,
             key_mask=key_mask,
+            buffers=buffers,
         )
 
         def around_the_ring(q: Tensor, k: Tensor, v: Tensor, line_mask: Tensor | None) -> Tensor:
@@ -67,7 +75,7 @@ class Usp:
 
         self.ring = ring
         self.line = Ulysses(
-            group=mesh.ulysses,
+            group=axis(line),
             member=line.index(member),
             token_counts=tuple(token_counts[other] for other in line),
             num_heads=num_heads,
@@ -76,6 +84,8 @@ class Usp:
             heads_per_chunk=heads_per_chunk,
             balance=balance,
             head_counts=head_counts,
+            buffers=buffers,
+            collective_kernel=True,
         )
 
     def begin(self, kernel: Kernel | None = None) -> UlyssesCall:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dit_group.attention import MERGING
 from dit_group.kernels import check_kernel
+from dit_group.xfuser import check_xfuser
 from pipelines.batch import Batch, Finished, FramesListener, Job
 from pipelines.checkpoint import Checkpoint
 from pipelines.engine import Engine, Progress
@@ -538,6 +539,8 @@ def check_attention(config: Config, facts: ModelFacts, device: str) -> None:
         )
         if a.strategy == "usp":
             Mesh.choose(config.groups.dit_ranks, facts.num_heads, a.ulysses_degree, a.mesh_inside)
+        if a.strategy == "xfuser":
+            check_xfuser(facts.num_heads, config.groups.dit_ranks)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 

@@ -2,13 +2,14 @@
 
 `python -m tools.bench_attention --ranks 4 --helpers 1 --heads 24 --video 2304 --text 32` starts gloo ranks on the CPU
 (`--device cuda`: NCCL, one GPU each) and times the same layer (projections of v, k, q, attention, output projection)
-on the same tensors in turn: Ulysses, PipeSP with each chunk size, leftover heads by query rows, ring, USP with each
-degree that divides the ranks, and attention co-processing with each number of helpers. Warm-up excluded; the slowest
-rank counts. With one rank it shows what cutting attention into chunks of heads costs. A ratio below 1 is faster than
-plain Ulysses.
+on the same tensors in turn: Ulysses, the same on fresh memory in every exchange, PipeSP with each chunk size, leftover
+heads by query rows, ring, USP with each degree that divides the ranks, xfuser's exchange where yunchang is installed
+and sizes divide, and attention co-processing with each number of helpers. Warm-up excluded; the slowest rank counts.
+With one rank it shows what cutting attention into chunks of heads costs. A ratio below 1 is faster than plain Ulysses.
 `--link-gbit 2` emulates a link of 2 Gbit/s between the ranks: transfers then take time and no processor, and can hide.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ from torch.distributed import FileStore
 from dit_group.attention import STRATEGIES, Strategy
 from dit_group.kernels import KERNELS
 from dit_group.ulysses import Balance
+from videopipe.exchange import Buffers
 from videopipe.files import write_bytes
 from videopipe.partition import JointSequence, Mesh
 from videopipe.runtime import MeshGroups, Runtime, end_runtime, start_mesh, start_runtime, synchronize
@@ -52,11 +54,12 @@ class Case:
     text: int
     repetitions: int
     device: str
+    exchange_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One way to move heads. `ulysses_degree` is that of a mesh, 0 where there is none."""
+    """One way to move heads. `ulysses_degree` is that of a mesh, 0 for none; `fresh`: uses no memory again."""
 
     name: str
     strategy: str = "ulysses"
@@ -64,6 +67,14 @@ class Variant:
     balance: Balance = "heads"
     helpers: int = 0
     ulysses_degree: int = 0
+    fresh: bool = False
+
+
+class FreshMemory(Buffers):
+    """Forgets what it is given back, so that every exchange has new memory."""
+
+    def give_back(self, flat: Tensor) -> None:
+        """Let it go."""
 
 
 def variants(case: Case) -> list[Variant]:
@@ -72,15 +83,22 @@ def variants(case: Case) -> list[Variant]:
     share = -(-heads // ranks)
     rows = [Variant(name="ulysses")]
     rows += [Variant(name=f"pipesp, {chunk} heads a chunk", chunk=chunk) for chunk in range(1, share) if chunk <= 6]
+    if ranks > 1:
+        rows += [Variant(name=f"{row.name}, fresh memory", chunk=row.chunk, fresh=True) for row in rows[:2]]
     if heads % ranks:
         rows.append(Variant(name="leftover heads by rows", balance="rows"))
         rows.append(Variant(name="leftover heads by rows, 1 head a chunk", balance="rows", chunk=1))
+    if case.exchange_only:
+        return rows
     if ranks > 1:
         rows.append(Variant(name="ring", strategy="ring"))
     for degree in range(2, ranks):
         if ranks % degree == 0:
             name = f"usp, {degree} divide heads, rings of {ranks // degree}"
             rows.append(Variant(name=name, strategy="usp", ulysses_degree=degree))
+    even = not (case.video % ranks or case.text % ranks or heads % ranks)
+    if ranks > 1 and even and importlib.util.find_spec("yunchang") is not None:
+        rows.append(Variant(name="xfuser", strategy="xfuser"))
     for count in range(1, helpers + 1):
         rows.append(Variant(name=f"co-processing, {count} helpers", helpers=count))
         rows.append(Variant(name=f"co-processing, {count} helpers, 1 head a chunk", helpers=count, chunk=1))
@@ -107,9 +125,11 @@ class Layer:
         def weights(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator).to(runtime.device, dtype) / shape[-1] ** 0.5
 
-        self._projections = [weights(width, width) for _ in range(4)] if member < ranks else []
+        projects = member < ranks and not case.exchange_only
+        self._projections = [weights(width, width) for _ in range(4)] if projects else []
         self.tokens = weights(1, tokens, width) if member < ranks else torch.empty(1, 0, width)
-        self._nothing = torch.empty((1, 0, heads, dim), dtype=dtype, device=runtime.device)
+        nothing = torch.empty((1, 0, heads, dim), dtype=dtype, device=runtime.device)
+        self._heads_of_tokens = self.tokens.unflatten(2, (heads, dim)) if member < ranks else nothing
         self._attention: Strategy | None = None
         if self.takes_part:
             self._attention = STRATEGIES[variant.strategy](
@@ -117,10 +137,11 @@ class Layer:
                 member=member,
                 token_counts=counts,
                 num_heads=heads,
-                kernel=KERNELS["sdpa"],
+                kernel=pass_on if case.exchange_only else KERNELS["sdpa"],
                 key_mask=None,
                 heads_per_chunk=variant.chunk,
                 balance=variant.balance,
+                buffers=FreshMemory() if variant.fresh else None,
                 **({"mesh": mesh} if variant.ulysses_degree else {}),
             )
 
@@ -130,7 +151,7 @@ class Layer:
         call = self._attention.begin()
         if not self._projections:
             for send in (call.value, call.key, call.query):
-                send(self._nothing)
+                send(self._heads_of_tokens)
             call.attend()
             return call.output()
         to_v, to_k, to_q, to_out = self._projections
@@ -138,6 +159,11 @@ class Layer:
             send((self.tokens @ weight.T).unflatten(2, (self._heads, -1)))
         call.attend()
         return call.output().flatten(2) @ to_out.T
+
+
+def pass_on(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """In the place of attention, where only what travels is of interest."""
+    return q.clone()
 
 
 def timed(run: Callable[[], Tensor], device: torch.device) -> float:
@@ -149,7 +175,30 @@ def timed(run: Callable[[], Tensor], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def be_rank(rank: int, case: Case, store_path: str, results: "multiprocessing.Queue[dict[str, list[float]]]") -> None:
+def on_ranks(target: Callable[..., None], count: int, case: Any) -> Any:
+    """Run `target(rank, case, folder, results)` on so many processes; what one of them puts into the queue `results`.
+
+    Raises:
+        SystemExit: one of them failed.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch"])
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [context.Process(target=target, args=(rank, case, folder, results)) for rank in range(count)]
+        for process in processes:
+            process.start()
+        while results.empty() and all(process.exitcode in (None, 0) for process in processes):
+            time.sleep(0.05)
+        if results.empty():
+            raise SystemExit("a rank failed; its error is above")
+        found = results.get()
+        for process in processes:
+            process.join()
+    return found
+
+
+def be_rank(rank: int, case: Case, folder: str, results: "multiprocessing.Queue[dict[str, list[float]]]") -> None:
     """Time every variant in turn, `repetitions` times; rank 0 sends the slowest rank's seconds."""
     torch.set_num_threads(1)
     ranks, helpers = case.ranks, case.helpers
@@ -159,7 +208,7 @@ def be_rank(rank: int, case: Case, store_path: str, results: "multiprocessing.Qu
         world_size=ranks + helpers,
         dit_ranks=tuple(range(ranks)),
         device=device,
-        store=FileStore(store_path, ranks + helpers),
+        store=FileStore(str(Path(folder) / "store"), ranks + helpers),
         helper_sets=helper_sets(range(ranks, ranks + helpers)),
     )
     layers = {}
@@ -218,6 +267,7 @@ def main(
     text: Annotated[int, typer.Option(help="text tokens")] = 32,
     repetitions: Annotated[int, typer.Option(help="counted runs of each variant")] = 10,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="where the ranks run")] = "cpu",
+    exchange_only: Annotated[bool, typer.Option(help="no projections and no attention, only what travels")] = False,
     link_gbit: Annotated[
         float, typer.Option(help="Gbit/s of an emulated link between the ranks (Linux, root); 0 for none")
     ] = 0.0,
@@ -234,22 +284,9 @@ def main(
         text=text,
         repetitions=repetitions,
         device=device,
+        exchange_only=exchange_only,
     )
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [(rank, case, str(Path(folder) / "store"), results) for rank in range(ranks + helpers)]
-        processes = [context.Process(target=be_rank, args=a) for a in arguments]
-        for process in processes:
-            process.start()
-        while results.empty() and all(process.exitcode in (None, 0) for process in processes):
-            time.sleep(0.05)
-        if results.empty():
-            raise SystemExit("a rank failed; its error is above")
-        seconds = results.get()
-        for process in processes:
-            process.join()
+    seconds = on_ranks(be_rank, ranks + helpers, case)
     reference = next(iter(seconds.values()))
     table = Table(title=f"one layer, {video} + {text} tokens, {heads} heads x {head_dim}, {ranks} ranks, {device}")
     for column in ("variant", "median ms", "ratio to ulysses", "p10", "p90"):

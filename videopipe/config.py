@@ -71,7 +71,8 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
     `strategy`: `ulysses` exchanges tokens for heads; `ring` passes keys and values round, so ranks may outnumber heads;
     `usp` does both on a mesh, `ulysses_degree` ranks dividing heads (0: as many as divide the ranks and have a head
-    each), `mesh_inside` naming the axis of neighbouring ranks.
+    each), `mesh_inside` naming the axis of neighbouring ranks; `xfuser` is Ulysses through xfuser's own exchange, for
+    comparison, where tokens and heads divide by the ranks.
     `text` says what happens to padded text tokens: `trimmed` drops them, `padded` keeps and masks them, `auto` keeps
     them on one rank (where the result is then bit-equal to diffusers) and trims them on several, and for
     Open-Sora-Plan, which diffusers does not have, always.
@@ -85,7 +86,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `overlap_mlp`: with several DiT ranks, the MLP of single-stream blocks runs while q, k, v and the output travel.
     """
 
-    strategy: Literal["ulysses", "ring", "usp"] = "ulysses"
+    strategy: Literal["ulysses", "ring", "usp", "xfuser"] = "ulysses"
     ulysses_degree: int = 0
     mesh_inside: Literal["ulysses", "ring"] = "ulysses"
     heads_per_chunk: int | Literal["all"] = "all"
@@ -350,7 +351,7 @@ def _check_attention(config: Config) -> None:
     a, ranks = config.attention, config.groups.dit_ranks
     _at_least("attention.ulysses_degree", a.ulysses_degree, 0)
     unused: list[tuple[str, str | int, str | int]] = []  # key, value, the only one that has a meaning here
-    if a.strategy == "ring":
+    if a.strategy in ("ring", "xfuser"):
         unused += [("heads_per_chunk", a.heads_per_chunk, "all"), ("balance", a.balance, "heads")]
     if a.strategy != "usp":
         unused += [("ulysses_degree", a.ulysses_degree, 0), ("mesh_inside", a.mesh_inside, "ulysses")]
@@ -378,7 +379,9 @@ def _check_attention(config: Config) -> None:
             f"attention.ulysses_degree={a.ulysses_degree} must divide the {half} ranks of each half of the DiT group "
             f"with attention.cfg_parallel='on', nearest is {near}"
         )
-    if a.strategy != "ulysses" and config.model.attention_kernel in ("sdpa-math", "sdpa-cudnn"):
+    if a.strategy == "xfuser" and a.cfg_parallel == "on":
+        raise ConfigError("attention.cfg_parallel='on' is not known to work with attention.strategy='xfuser', nearest is 'off'")
+    if a.strategy in ("ring", "usp") and config.model.attention_kernel in ("sdpa-math", "sdpa-cudnn"):
         raise ConfigError(
             f"model.attention_kernel={config.model.attention_kernel!r} gives no log-sum-exp, which "
             f"attention.strategy={a.strategy!r} needs; nearest is 'sdpa'"
