@@ -380,7 +380,7 @@ def _check_attention(config: Config) -> None:
             f"with attention.cfg_parallel='on', nearest is {near}"
         )
     if a.strategy == "xfuser" and a.cfg_parallel == "on":
-        raise ConfigError("attention.cfg_parallel='on' is not known to work with attention.strategy='xfuser', nearest is 'off'")
+        raise ConfigError("attention.cfg_parallel='on' cannot go with attention.strategy='xfuser', nearest is 'off'")
     if a.strategy in ("ring", "usp") and config.model.attention_kernel in ("sdpa-math", "sdpa-cudnn"):
         raise ConfigError(
             f"model.attention_kernel={config.model.attention_kernel!r} gives no log-sum-exp, which "

@@ -243,7 +243,7 @@ def gather_tokens(x: Tensor, token_counts: Sequence[int], group: Group | None, m
 
 
 def exchange_tokens(
-    x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: dist.ProcessGroup | None
+    x: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], group: Group | None
 ) -> Tensor:
     """Tokens change hands: some of them to each member, blocking.
 
@@ -259,17 +259,10 @@ def exchange_tokens(
         return x
     B, _, C = x.shape
     shapes = [(B, count, C) for count in receive_counts]
-    sent = torch.cat([part.reshape(-1) for part in x.split(list(send_counts), dim=1)])
-    received = x.new_empty(sum(_numel(shape) for shape in shapes))
-    work = dist.all_to_all_single(
-        received,
-        sent,
-        output_split_sizes=[_numel(shape) for shape in shapes],
-        input_split_sizes=[B * count * C for count in send_counts],
-        group=group,
-        async_op=True,
-    )
-    return PendingExchange(work, received, sent, shapes, 1).wait()
+    sent = _pack(x.split(list(send_counts), dim=1), None)
+    leaving, arriving = [B * count * C for count in send_counts], [math.prod(shape) for shape in shapes]
+    work, received = _all_to_all(sent, leaving, arriving, group, None)
+    return PendingExchange(work, sent, received, shapes, 1, packed=True).wait()
 
 
 def start_take_from_previous(
