@@ -42,8 +42,7 @@ def _tiles(latents: tuple[int, int, int]) -> Iterator[tuple[int, int, int]]:
         [min(size, total - start) for start in range(0, total, stride)]
         for total, size, stride in zip(latents, (5, 32, 32), (3, 24, 24), strict=True)
     ]
-    for frames, rows, cols in product(*sizes):
-        yield frames, rows, cols
+    yield from ((frames, rows, cols) for frames, rows, cols in product(*sizes))
 
 
 def _cell(plan: ExactPlan) -> str:
