@@ -69,8 +69,11 @@ def exact_decode(
     x, rows = network.run(x, rows, _decoder_stages(model.decoder))
     first_frame, first_row = 0, offsets(rows.counts)[team.member]
     for video in network.head(x, rows, model.decoder):
-        yield Part(video=video, first_frame=first_frame, first_row=first_row)
+        part = Part(video=video, first_frame=first_frame, first_row=first_row)
         first_frame += video.shape[2]
+        del video  # the caller decides how long a part lives
+        yield part
+        del part
 
 
 @torch.no_grad()

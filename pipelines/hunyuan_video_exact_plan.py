@@ -4,10 +4,10 @@ A norm needs the statistics of the whole clip, so what comes before it is either
 resolution (stage) of the network has its own level of holding; the fastest levels that fit the room are chosen.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import pairwise, product
+from itertools import product
 from math import ceil, log2
 from typing import Any
 
@@ -16,6 +16,8 @@ from videopipe.partition import split_evenly
 
 SLAB_BYTES = (2**28, 2**26, 0)
 """Sizes of the widest slab that are tried, the largest first; 0 is one frame at a time."""
+STATISTICS_BYTES = 2**16
+"""Room for the moments and scales of norms."""
 
 
 class Level(IntEnum):
@@ -175,9 +177,10 @@ def _plan(
     levels: Sequence[Level] | None,
 ) -> ExactPlan:
     plans = []
+    choices = list(product(*([Level.HOLD] if stage.attention else list(Level) for stage in stages)))
     for slab_bytes in SLAB_BYTES:
         frames = [_slab_frames(stage, slab_bytes, itemsize) for stage in stages]
-        for chosen in _choices(stages) if levels is None else [tuple(levels)]:
+        for chosen in choices if levels is None else [tuple(levels)]:
             plans.append(
                 ExactPlan(
                     stages=tuple(StagePlan(level=lv, frames=f) for lv, f in zip(chosen, frames, strict=True)),
@@ -193,13 +196,6 @@ def _plan(
             f"nearest is {least}"
         )
     return min(fitting, key=lambda plan: plan.flops)  # among equals the first, with the largest slabs
-
-
-def _choices(stages: Sequence[StageShape]) -> Iterator[tuple[Level, ...]]:
-    """Levels worth trying: after a stage that holds nothing the next one holds its input, or it would all run again."""
-    for levels in product(*([Level.HOLD] if stage.attention else list(Level) for stage in stages)):
-        if all(b == Level.HOLD for a, b in pairwise(levels) if a == Level.STREAM):
-            yield levels
 
 
 def _slab_frames(stage: StageShape, slab_bytes: int, itemsize: int) -> int:
@@ -246,6 +242,12 @@ class _Memory:
         """While a whole resnet works on a slab."""
         return self.slab(channels) + max(self.normed(channels, out), self.slab(out) + self.outer(channels, out))
 
+    @property
+    def source(self) -> int:
+        """A slab of the stage's input."""
+        (_, h, W), up = self._stage.source, self._stage.repeat
+        return self._stage.entry[0] * ceil(self.frames * self._stage.stride[0] / up[0]) * h * W
+
     def entry(self) -> tuple[int, int]:
         """The past that the entering convolution keeps, and what it needs while it works on a slab."""
         stage = self._stage
@@ -255,7 +257,7 @@ class _Memory:
         past = bordered * (1 + stage.stride[0])
         frames = ceil(self.frames * stage.stride[0] / up[0])
         seen = past + bordered * frames * up[0]
-        return past, channels * frames * h * W + seen + max(past, self.slab(out))
+        return past, self.source + seen + max(past, self.slab(out))
 
     def attention(self, members: int) -> tuple[int, int]:
         """All keys and values, and what is needed to collect them."""
@@ -278,7 +280,8 @@ def _peak_bytes(
     for stage, level, slab_frames in zip(stages, levels, frames, strict=True):
         memory = _Memory(stage, slab_frames)
         past, entering = memory.entry()
-        kept, busy = kept + past, max(busy, entering)
+        waiting = memory.source if busy else 0  # slabs of a source that is not held, to be joined
+        kept, busy = kept + past, max(busy, entering) + waiting
         channels = stage.entry[1]
         if level == Level.HOLD:
             x = channels * memory.clip
@@ -305,7 +308,8 @@ def _peak_bytes(
             busy = max(busy, memory.slab(width))
     head = memory.past(width) + max(busy, (memory.slab(width) if busy else 0) + memory.normed(width, out))
     widened = 0 if itemsize >= 4 else 4 * min(PIECE, max(s.size[1] * s.size[2] * s.entry[1] for s in stages))
-    return max(peak, held + kept + head) * itemsize + widened
+    head += memory.slab(out)  # the part that was given away last, until the next one is asked for
+    return max(peak, held + kept + head) * itemsize + widened + STATISTICS_BYTES
 
 
 def _attention_after(stage: StageShape) -> int:

@@ -83,11 +83,15 @@ def resized(slabs: Iterable[Tensor], frames: int) -> Iterator[Tensor]:
     """Slabs cut and joined to at most `frames` frames each."""
     waiting: list[Tensor] = []
     for slab in slabs:
-        for piece in slab.split(frames, dim=2):
-            if waiting and sum(x.shape[2] for x in waiting) + piece.shape[2] > frames:
+        pieces = list(slab.split(frames, dim=2))
+        del slab  # neither slab nor pieces stay alive while the next slab is computed
+        while pieces:
+            count = sum(x.shape[2] for x in waiting)
+            if waiting and count + pieces[0].shape[2] > frames:
                 yield _joined(waiting)
-            waiting.append(piece)
-        del slab, piece
+            waiting.append(pieces.pop(0))
+            if len(waiting) == 1 and waiting[0].shape[2] == frames:
+                yield waiting.pop()
     if waiting:
         yield _joined(waiting)
 
