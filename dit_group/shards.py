@@ -46,6 +46,7 @@ def exchange_branches(prediction: Tensor, layout: Layout, geometry: LatentGeomet
         layout: of this half.
     Returns:
         Those of the first and of the second half, each right in this member's own tokens and zero elsewhere.
+    Source: CFG parallelism as in xDiT (arXiv 2411.01738), which exchanges whole predictions; here own tokens suffice.
     """
     assert layout.branch is not None and layout.member is not None, layout
     own, count = layout.own, layout.sequence.video_counts[layout.member]

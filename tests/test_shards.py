@@ -16,11 +16,13 @@ from pipelines.checkpoint import Checkpoint
 from pipelines.hunyuan_video_parts import HunyuanVideoDenoiser
 from pipelines.open_sora_plan_family import OpenSoraPlan
 from pipelines.open_sora_plan_parts import OpenSoraPlanDenoiser
+from pipelines.skip_sparse_layout import held_patterns, held_tokens, sent_values
 from tests.ranks import leave, run_ranks
 from tests.test_sharded_dit import CASES, conditioning_of, make_denoiser, request_of
 from tests.traffic import watched
 from tools.tiny_open_sora_plan import make_open_sora_plan
 from videopipe.config import load_config
+from videopipe.exchange import gather_tokens
 from videopipe.geometry import LatentGeometry, VideoSpec
 from videopipe.partition import JointSequence, Partition, split_evenly
 from videopipe.records import VideoRequest
@@ -112,47 +114,73 @@ def test_latents_are_gathered_from_own_tokens_alone() -> None:
 # -- nothing travels between attention layers
 
 
-def attention_bytes(runtime: Runtime, video: int, text: int, rows: int) -> int:
+def attention_bytes(runtime: Runtime, video: int, text: int, head_dim: int) -> int:
     """What this rank sends in one layer of four heads."""
     sequence = JointSequence.even(video, text, runtime.world_size)
     heads = Partition(sequence.counts, split_evenly(4, runtime.world_size))
-    return 3 * heads.to_heads_bytes(runtime.rank, rows, 1, 4) + heads.to_tokens_bytes(runtime.rank, rows, 1, 4)
+    into = heads.to_heads_bytes(runtime.rank, 1, head_dim, 4)
+    return 3 * into + heads.to_tokens_bytes(runtime.rank, 1, head_dim, 4)
+
+
+def blocks_bytes(denoiser: OpenSoraPlanDenoiser, ranks: int, member: int) -> tuple[int, int]:
+    """What a member sends in all blocks for one row, and to bring its prediction back to where it began."""
+    config, patterns = denoiser.transformer.config, [block.sparse for block in denoiser.transformer.blocks()]
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    blocks, both = (
+        4 * sent_values(patterns, 45, ranks=ranks, member=member, heads=heads, head_dim=head_dim, out_values=values)
+        for values in (0, 8 * 4)
+    )
+    return blocks, both - blocks
 
 
 @contextmanager
 def gathering_every_step(denoiser: HunyuanVideoDenoiser | OpenSoraPlanDenoiser) -> Iterator[None]:
     """The prediction is made whole by an all-gather, as it used to be."""
-    hooks = denoiser.transformer.proj_out._forward_hooks
+    hooks, parallel = denoiser.transformer.proj_out._forward_hooks, denoiser._parallel
+    assert parallel is not None
     placing = dict(hooks)
     hooks.clear()
-    assert denoiser._parallel is not None
-    (handle,) = apply_plan(denoiser.transformer, [Gather(module="proj_out", dim=1, stream="video")], denoiser._parallel)
+    if isinstance(denoiser, HunyuanVideoDenoiser):
+        apply_plan(denoiser.transformer, [Gather(module="proj_out", dim=1, stream="video")], parallel)
+    else:
+
+        def gather(module: torch.nn.Module, args: object, output: Tensor) -> Tensor:
+            layout = parallel.layout  # as the tokens lie behind the last block
+            whole = gather_tokens(output, layout.sequence.video_counts, parallel.group, parallel.member)
+            return layout.in_sequence(whole)
+
+        denoiser.transformer.proj_out.register_forward_hook(gather)
     yield
-    handle.remove()
+    hooks.clear()
     hooks.update(placing)
 
 
 def check_steps(runtime: Runtime, checkpoints: dict[str, str]) -> None:
+    members, me = runtime.world_size, runtime.rank
     for family in FAMILIES:
-        hunyuan = family == "hunyuan-video"
-        path = checkpoints[family]
-        denoiser = make_denoiser(path, runtime) if hunyuan else osp_denoiser(path, runtime)
-        config = denoiser.transformer.config
-        video, patch = (30, 16 * 4) if hunyuan else (45, 8 * 4)
-        layer = attention_bytes(runtime, 30, 11, 1) + attention_bytes(runtime, 30, 4, 1)
-        layer = layer if hunyuan else attention_bytes(runtime, 45, 0, 2)
-        own = split_evenly(video, runtime.world_size)[runtime.rank]
-        layers = config.num_layers + (config.num_single_layers if hunyuan else 0)
+        denoiser: HunyuanVideoDenoiser | OpenSoraPlanDenoiser
+        if family == "hunyuan-video":
+            denoiser = make_denoiser(checkpoints[family], runtime)
+            config = denoiser.transformer.config
+            layers, video, patch = config.num_layers + config.num_single_layers, 30, 16 * 4
+            attention = layers * sum(attention_bytes(runtime, 30, n, config.attention_head_dim) for n in (11, 4))
+            back = 0
+        else:
+            denoiser = osp_denoiser(checkpoints[family], runtime)
+            video, patch = 45, 8 * 4
+            attention, back = (2 * size for size in blocks_bytes(denoiser, members, me))
 
         run = begin(denoiser)
         for step in range(run.num_steps):
             with watched() as traffic:
                 run.step(step)
-            assert traffic.sent() == layer * layers * config.attention_head_dim, (family, traffic)
-            assert traffic.calls == [] and len(traffic.exchanges) == 4 * layers * (2 if hunyuan else 1)
+            assert traffic.sent() == attention + back, (family, traffic)
+            assert traffic.calls == []
         with watched() as traffic:
             latents = run.latents()
-        gathered = own * patch * 4 * (runtime.world_size - 1)
+        assert denoiser._parallel is not None
+        layout = denoiser._parallel.layout
+        gathered = layout.sequence.video_counts[me] * patch * 4 * (members - 1)
         assert traffic.exchanges == [(runtime.dit_ranks, gathered)] and traffic.calls == [], traffic
 
         twin = begin(denoiser)
@@ -160,14 +188,18 @@ def check_steps(runtime: Runtime, checkpoints: dict[str, str]) -> None:
             for step in range(twin.num_steps):
                 twin.step(step)
         assert torch.equal(twin._latents, latents), "the same bits as with an all-gather in every step"
-        extra = 2 * gathered * twin.num_steps  # two branches, or two rows
-        assert traffic.sent() == layer * layers * config.attention_head_dim * twin.num_steps + extra
+        ended = layout.sequence.video_counts[me]
+        if isinstance(denoiser, OpenSoraPlanDenoiser):  # a member may hold fewer or more tokens than it began with
+            patterns = held_patterns([block.sparse for block in denoiser.transformer.blocks()])
+            ended = held_tokens(patterns[-1], video, members).totals[me]
+        everywhere = 2 * ended * patch * 4 * (members - 1)  # of two evaluations, or two rows
+        assert traffic.sent() == (attention + everywhere) * twin.num_steps and everywhere > back
 
-        stale = patchify(run._latents, denoiser._geometry) == patchify(latents, denoiser._geometry)
-        mine = JointSequence.even(video, 0, runtime.world_size).video_of(runtime.rank)
-        assert bool(stale[:, mine].all()), "a member's own tokens are right"
-        assert bool(run._latents.isfinite().all()), "and the others stay finite"
-        assert not bool(stale[:, [i for i in range(video) if not mine.start <= i < mine.stop]].any()), "but wrong"
+        right = (patchify(run._latents, denoiser._geometry) == patchify(latents, denoiser._geometry)).all(2)[0]
+        mine = torch.zeros(video, dtype=torch.bool)
+        mine[layout.own] = True
+        assert torch.equal(right, mine), "a member's own tokens are right, and no others"
+        assert bool(run._latents.isfinite().all()), "which stay finite"
     leave(runtime)
 
 
