@@ -4,7 +4,6 @@ import select
 import time
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 
 from pipelines.batch import Batch, Finished, Job
@@ -17,13 +16,19 @@ from videopipe.trace import Span
 from videopipe.writer import ClipFailed, ClipWritten
 
 
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """A decoded clip on its way: `rank` keeps its latents until it has arrived."""
+class Delivery:
+    """A clip on its way, from its first frames on: `rank` keeps its latents until it has arrived.
 
-    job: Job
-    batch: Batch
-    rank: int
-    side_car: SideCar
+    `side_car` comes when all of it is decoded. If writing fails before that, `failure` waits for it.
+    """
+
+    def __init__(self, job: Job, batch: Batch, rank: int, clip: ArrivingClip) -> None:
+        self.job = job
+        self.batch = batch
+        self.rank = rank
+        self.clip = clip
+        self.side_car: SideCar | None = None
+        self.failure: ClipFailed | None = None
 
 
 class Deliveries:
@@ -74,28 +79,56 @@ class Deliveries:
         """Clips will come: have the writers running."""
         self._pool.start()
 
-    def begin(self, delivery: Delivery, decoded: ArrivingClip) -> None:
-        """Give a decoded clip to a writer, in the shared memory in which it came."""
-        assert delivery.job.save_to is not None and decoded.complete, delivery.job
+    def begin(self, delivery: Delivery) -> None:
+        """A clip has its first frames: choose a writer."""
+        assert delivery.job.save_to is not None, delivery.job
         request = delivery.job.request
-        frames, height, width, channels = decoded.shape
+        num_frames, height, width, channels = delivery.clip.shape
         stem = delivery.job.save_to / request.id
-        clip = self._pool.open(stem, (frames, height, width, channels), request.spec.fps, self._output, request.id)
-        self._writing[clip] = delivery
-        self._pool.frames(clip, 0, frames, decoded.path)
-        self._pool.close_clip(clip, delivery.side_car)
+        number = self._pool.open(
+            stem, (num_frames, height, width, channels), request.spec.fps, self._output, request.id
+        )
+        self._writing[number] = delivery
+
+    def frames(self, request: str, frames: range) -> None:
+        """These frames of a clip are there, in the shared memory in which they came."""
+        number = self._number(request)
+        self._pool.frames(number, frames.start, len(frames), self._writing[number].clip.path, shared=True)
+
+    def end(self, request: str, side_car: SideCar) -> None:
+        """All frames of a clip have been given."""
+        number = self._number(request)
+        delivery = self._writing[number]
+        assert delivery.clip.complete, request
+        delivery.side_car = side_car
+        if delivery.failure is None:
+            self._pool.close_clip(number, side_car)
+        else:
+            self._give_up(self._writing.pop(number), delivery.failure)
+
+    def drop(self, request: str) -> None:
+        """A clip that was cancelled before all of it was decoded, begun or not; its memory is the caller's."""
+        for number, delivery in list(self._writing.items()):
+            if delivery.job.request.id == request:
+                del self._writing[number]
+                self._pool.drop(number)
 
     def cancel(self, request: str, batch: Batch) -> None:
         """Nobody waits for this clip of this batch any more; nothing to do for one that has arrived."""
-        for clip, delivery in list(self._writing.items()):
+        for number, delivery in list(self._writing.items()):
             if delivery.job.request.id == request and delivery.batch is batch:
-                del self._writing[clip]
-                self._pool.drop(clip)
+                del self._writing[number]
+                self._pool.drop(number)
+                delivery.clip.discard()
                 self._send(delivery.rank, EndDelivery(request=request))
                 self._delivered(request)
         if request in self._rescuing and self._rescuing[request][0].batch is batch:
             del self._rescuing[request]
             self._delivered(request)
+
+    def _number(self, request: str) -> int:
+        (number,) = [number for number, delivery in self._writing.items() if delivery.job.request.id == request]
+        return number
 
     def look(self, now: float) -> None:
         """Take the writers' news; several times a second, and when `fileno` is readable."""
@@ -104,16 +137,20 @@ class Deliveries:
             match news:
                 case ClipWritten():
                     delivery = self._writing.pop(news.clip)
+                    delivery.clip.discard()
                     self._send(delivery.rank, EndDelivery(request=delivery.job.request.id))
                     self._finish(delivery, Finished(job=delivery.job, side_car=news.side_car, path=news.path))
+                case ClipFailed() if self._writing[news.clip].side_car is None:
+                    self._writing[news.clip].failure = news  # the ranks still write into its memory
                 case ClipFailed():
-                    self._rescue(self._writing.pop(news.clip), news)
+                    self._give_up(self._writing.pop(news.clip), news)
 
     def returned(self, message: LatentsReturned, payload: bytes) -> None:
         """The latents of a clip that could not be written have come back."""
         if message.request not in self._rescuing:  # cancelled in the meantime
             return
         delivery, failure = self._rescuing.pop(message.request)
+        assert delivery.side_car is not None, message
         latents = np.frombuffer(payload, dtype=np.float32).reshape(message.shape).copy()
         self._finish(delivery, Finished(job=delivery.job, side_car=delivery.side_car, array=latents, failure=failure))
 
@@ -123,6 +160,9 @@ class Deliveries:
         for delivery, failure in self._rescuing.values():
             self._rescue(delivery, failure)
         self._rescuing.clear()
+        for delivery in list(self._writing.values()):
+            if delivery.side_car is None:  # its last frames will never come
+                self.drop(delivery.job.request.id)
         while self._writing and wanted():
             select.select([self._pool.fileno()], [], [], 0.1)
             self.look(time.monotonic())
@@ -131,8 +171,13 @@ class Deliveries:
         """End the writers; what they have not finished is dropped."""
         self._pool.close()
 
+    def _give_up(self, delivery: Delivery, failure: ClipFailed) -> None:
+        delivery.clip.discard()
+        self._rescue(delivery, failure)
+
     def _rescue(self, delivery: Delivery, failure: ClipFailed) -> None:
         request = delivery.job.request.id
+        assert delivery.side_car is not None, request
         if self._ranks_are_gone:
             self._finish(delivery, Finished(job=delivery.job, side_car=delivery.side_car, failure=failure))
             return

@@ -466,8 +466,14 @@ class Engine:
             rows = np.frombuffer(payload, clip.dtype).reshape(message.count, message.rows, *clip.shape[2:])
             write_rows(clip.path, rows, message.first_frame, message.first_row, clip.shape[1])
         whole = clip.arrived(message.first_frame, message.count, message.rows)
-        if whole and record.batch.on_frames is not None and job.result != "latents" and not record.cancelled:
+        if not whole or job.result == "latents" or record.cancelled:
+            return
+        if record.batch.on_frames is not None:
             record.batch.on_frames(message.request, whole.start, clip.look_at(whole))
+        if job.is_written:
+            if whole.start == 0:
+                self._deliveries.begin(Delivery(job, record.batch, record.team[0], clip))
+            self._deliveries.frames(message.request, whole)
 
     def _end_decode(self, rank: int, request: str, now: float) -> None:
         """A rank has ended its share of a decode; with the last one of its team the clip is finished."""
@@ -479,13 +485,13 @@ class Engine:
         if record.cancelled:
             record.clip.discard()
             if record.job.is_written:
+                self._deliveries.drop(request)
                 self._server.send(record.team[0], wire.EndDelivery(request=request))
             return
         side_car = self._side_car(record, now)
         if record.job.is_written:
             self._note("stage", request, "write")
-            delivery = Delivery(job=record.job, batch=record.batch, rank=record.team[0], side_car=side_car)
-            self._deliveries.begin(delivery, record.clip)
+            self._deliveries.end(request, side_car)
             return
         self._note("stage", request, "done")
         record.batch.put(Finished(job=record.job, array=record.clip.claim(), side_car=side_car))

@@ -38,14 +38,16 @@ News = ChunkWritten | ClipWritten | ClipFailed
 class _Chunk:
     """Frames in shared memory on their way to a file."""
 
-    def __init__(self, message: WriteFrames) -> None:
+    def __init__(self, message: WriteFrames, shared: bool) -> None:
         self.message = message
         self.written = False
         self.freed = False
+        self._shared = shared
 
     def free(self) -> None:
-        Path(self.message.path).unlink(missing_ok=True)
-        self.freed = True
+        if not self._shared:
+            Path(self.message.path).unlink(missing_ok=True)
+            self.freed = True
 
 
 class _Clip:
@@ -202,14 +204,21 @@ class WriterPool:
             return self._chunks_ahead
         return self._chunks_ahead - sum(not chunk.written for chunk in self._clips[clip].chunks)
 
-    def frames(self, clip: int, first_frame: int, num_frames: int, path: Path) -> None:
-        """Give the next chunk, raw bytes; their memory is the pool's from now on."""
-        message = WriteFrames(clip=clip, first_frame=first_frame, num_frames=num_frames, path=str(path))
+    def frames(self, clip: int, first_frame: int, num_frames: int, path: Path, *, shared: bool = False) -> None:
+        """Give the next chunk, raw bytes; their memory is the pool's from now on.
+
+        Args:
+            shared: the file holds the whole clip from its first frame on, and stays the caller's, who keeps it until
+                the clip is written or has failed. No credit is needed for what lies in memory anyway.
+        """
+        skip = first_frame if shared else 0
+        message = WriteFrames(clip=clip, first_frame=first_frame, num_frames=num_frames, path=str(path), skip=skip)
+        chunk = _Chunk(message, shared)
         if clip not in self._clips:  # has failed, as `news` tells or has told
-            path.unlink(missing_ok=True)
+            chunk.free()
             return
-        assert self.credit(clip) > 0, (clip, first_frame)
-        self._clips[clip].chunks.append(_Chunk(message))
+        assert shared or self.credit(clip) > 0, (clip, first_frame)
+        self._clips[clip].chunks.append(chunk)
         self._clips[clip].writer.send([message])
 
     def close_clip(self, clip: int, side_car: SideCar) -> None:
