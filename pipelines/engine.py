@@ -29,14 +29,14 @@ from torch import Tensor
 
 from pipelines import faults
 from pipelines.batch import Batch, Finished, Job
-from pipelines.delivery import Deliveries, Delivery
+from pipelines.delivery import Deliveries
 from pipelines.families import ModelFacts
 from pipelines.launch import Launcher
 from videopipe import messages as wire
 from videopipe import scheduler as plan
 from videopipe.config import Config
 from videopipe.control import ControlServer
-from videopipe.handover import claim
+from videopipe.handover import claim, publish
 from videopipe.queue import BoundedQueue
 from videopipe.records import SideCar, StageTime, VideoRequest
 from videopipe.trace import Span, Trace
@@ -112,9 +112,7 @@ class Engine:
         self._run_directory = run_directory
         self._progress = progress
         self._records: dict[str, _Record] = {}
-        self._deliveries = Deliveries(
-            config, run_directory, send=server.send, delivered=self._on_disk, note_spans=self._note_spans
-        )
+        self._deliveries = Deliveries(config, send=server.send, delivered=self._on_disk, note_spans=self._note_spans)
         self._hosts: dict[int, str] = {}
         self._clock_offset_ns: dict[int, int] = {}
         self._peaks: dict[int, int] = {}
@@ -466,9 +464,8 @@ class Engine:
         side_car = self._side_car(record, now)
         if record.job.is_written:
             self._note("stage", message.request, "write")
-            delivery = Delivery(job=record.job, batch=record.batch, rank=rank, side_car=side_car)
-            self._deliveries.begin(delivery, message, payload)
             self._on(plan.Decoded(request=message.request, rank=rank))
+            self._write(record, rank, message, payload, side_car)
             return
         array: NDArray[Any]
         if message.path is not None:
@@ -479,6 +476,21 @@ class Engine:
         self._note("stage", message.request, "done")
         self._on(plan.Decoded(request=message.request, rank=rank))
         record.batch.put(Finished(job=record.job, array=array, side_car=side_car))
+
+    def _write(
+        self, record: _Record, rank: int, message: wire.ResultReady, payload: bytes | None, side_car: SideCar
+    ) -> None:
+        """Give a decoded clip to a writer, in the shared memory in which it came."""
+        request = message.request
+        if message.path is None:
+            assert payload is not None, message
+            memory = self._run_directory / f"{request}.wire.frames"
+            publish(np.frombuffer(payload, dtype=np.uint8), memory)
+        else:
+            memory = Path(message.path)
+        self._deliveries.begin(record.job, record.batch, rank, memory, message.shape)
+        self._deliveries.add(request, range(message.shape[0]))
+        self._deliveries.end(request, side_car)
 
     def _on_disk(self, request: str) -> None:
         """A clip that writers had needs no room any more."""

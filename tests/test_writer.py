@@ -268,6 +268,29 @@ def test_the_file_grows_under_a_temporary_name(studio: Studio) -> None:
     assert media.probe(studio.out / "fox.mp4").num_frames == 120
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_frames_may_come_in_one_file_that_fills(make_studio: Callable[..., Studio], killed: bool) -> None:
+    """As ranks decode a clip: the memory stays until the end, so that a writer that dies costs nothing."""
+    studio, frames = make_studio("slow-disk"), moving(30)
+    memory = studio.memory / "whole"
+    memory.write_bytes(bytes(frames.nbytes))
+    clip = studio.pool.open(studio.out / "fox", frames.shape, 12.0, OutputConfig(), "fox", memory)
+    for first_frame, count in ((0, 7), (7, 0), (7, 13), (20, 10)):
+        with memory.open("r+b") as file:
+            file.seek(frames[:first_frame].nbytes)
+            file.write(frames[first_frame : first_frame + count].data)
+        studio.pool.frames(clip, first_frame, count)
+        if killed and first_frame == 7:
+            studio.wait(lambda: studio.news)
+            os.kill(studio.pool.pids[0], signal.SIGKILL)
+    assert memory.exists()
+    studio.pool.close_clip(clip, side_car())
+    written = studio.outcome(clip)
+    assert isinstance(written, ClipWritten) and written.side_car.frames_sha256 == media.frames_hash(frames)
+    assert bytes_of(studio.out / "fox.mp4") == bytes_of(in_process(studio.out.parent / "expected", frames))
+    assert not list(studio.memory.iterdir())
+
+
 # -- bounded ----------------------------------------------------------------------------------------------------------
 
 

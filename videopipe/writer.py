@@ -47,12 +47,16 @@ class OpenClip(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class WriteFrames(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Append `num_frames` frames, the raw bytes of a file in shared memory, which stays the sender's."""
+    """Append `num_frames` frames, raw bytes in a file in shared memory, which stays the sender's.
+
+    The file begins with frame `file_begins` of the clip: with `first_frame`, or with 0 where it is that of all frames.
+    """
 
     clip: int
     first_frame: int
     num_frames: int
     path: str
+    file_begins: int
 
 
 class CloseClip(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -203,12 +207,12 @@ class Service:
         self._answer(ClipWritten(clip=message.clip, path=str(path), side_car=side_car, spans=spans))
 
     def _write(self, message: WriteFrames, clip: _OpenFile) -> None:
-        shape = (message.num_frames, *clip.message.shape[1:])
-        frames = attach(Path(message.path), shape, "uint8").astype(np.uint8, copy=False)
-        for index in range(message.num_frames):
+        frames = attach(Path(message.path), (-1, *clip.message.shape[1:]), "uint8").astype(np.uint8, copy=False)
+        for frame in range(message.first_frame, message.first_frame + message.num_frames):
             if message.clip in self._unwanted:
                 return
-            clip.file.write(message.first_frame + index, frames[index : index + 1])
+            index = frame - message.file_begins
+            clip.file.write(frame, frames[index : index + 1])
 
     def _drop(self, clip: int) -> None:
         if clip in self._open:
