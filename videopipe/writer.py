@@ -21,7 +21,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from videopipe.clip_file import ClipFile
+from videopipe.clip_file import ClipFile, clip_path
 from videopipe.handover import attach
 from videopipe.media import FrameFormat, finish_side_car, side_car_path
 from videopipe.records import SideCar
@@ -227,7 +227,7 @@ class Service:
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 clip.file.abort()
         elif isinstance(message, OpenClip):
-            path = message.stem
+            path = str(clip_path(Path(message.stem), message.format))
         cause = str(error)
         if isinstance(error, OSError) and error.strerror:
             cause = f"{error.strerror} after {written} frames"
@@ -269,9 +269,13 @@ def _listen(
     """Take messages off standard input until it closes, so that the sender never waits; say that we live."""
     decoder = msgspec.json.Decoder(ToWriter)
     buffer = b""
+    said_at = 0.0
     while True:
-        if not select.select([0], [], [], ALIVE_EVERY_S)[0]:
+        readable = select.select([0], [], [], ALIVE_EVERY_S)[0]
+        if time.monotonic() - said_at >= ALIVE_EVERY_S:
+            said_at = time.monotonic()
             answer(Alive())
+        if not readable:
             continue
         data = os.read(0, 1 << 16)
         if not data:
