@@ -21,7 +21,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from videopipe.clip_file import ClipFile
+from videopipe.clip_file import ClipFile, clip_path
 from videopipe.handover import attach
 from videopipe.media import FrameFormat, finish_side_car, side_car_path
 from videopipe.records import SideCar
@@ -47,16 +47,16 @@ class OpenClip(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class WriteFrames(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Append `num_frames` frames, raw bytes in shared memory; `skip` others come first in that file.
+    """Append `num_frames` frames, raw bytes in a file in shared memory, which stays the sender's.
 
-    The file stays the sender's.
+    The file begins with frame `file_begins` of the clip: with `first_frame`, or with 0 where it is that of all frames.
     """
 
     clip: int
     first_frame: int
     num_frames: int
     path: str
-    skip: int = 0
+    file_begins: int
 
 
 class CloseClip(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -208,11 +208,11 @@ class Service:
 
     def _write(self, message: WriteFrames, clip: _OpenFile) -> None:
         frames = attach(Path(message.path), (-1, *clip.message.shape[1:]), "uint8").astype(np.uint8, copy=False)
-        for index in range(message.num_frames):
+        for frame in range(message.first_frame, message.first_frame + message.num_frames):
             if message.clip in self._unwanted:
                 return
-            place = message.skip + index
-            clip.file.write(message.first_frame + index, frames[place : place + 1])
+            index = frame - message.file_begins
+            clip.file.write(frame, frames[index : index + 1])
 
     def _drop(self, clip: int) -> None:
         if clip in self._open:
@@ -227,7 +227,7 @@ class Service:
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 clip.file.abort()
         elif isinstance(message, OpenClip):
-            path = message.stem
+            path = str(clip_path(Path(message.stem), message.format))
         cause = str(error)
         if isinstance(error, OSError) and error.strerror:
             cause = f"{error.strerror} after {written} frames"
@@ -269,9 +269,13 @@ def _listen(
     """Take messages off standard input until it closes, so that the sender never waits; say that we live."""
     decoder = msgspec.json.Decoder(ToWriter)
     buffer = b""
+    said_at = 0.0
     while True:
-        if not select.select([0], [], [], ALIVE_EVERY_S)[0]:
+        readable = select.select([0], [], [], ALIVE_EVERY_S)[0]
+        if time.monotonic() - said_at >= ALIVE_EVERY_S:
+            said_at = time.monotonic()
             answer(Alive())
+        if not readable:
             continue
         data = os.read(0, 1 << 16)
         if not data:
