@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipelines import faults
 from pipelines.batch import Batch, Finished, FramesListener, Job
-from pipelines.delivery import Deliveries, Delivery
+from pipelines.delivery import Deliveries
 from pipelines.families import ModelFacts
 from pipelines.launch import Launcher
 from videopipe import messages as wire
@@ -78,7 +78,6 @@ class _Record:
         self.conditioning_transfer = 0
         self.cancelled = False
         self.clip: ArrivingClip | None = None  # from the hand-over on
-        self.team: tuple[int, ...] = ()  # who decodes it; the first keeps the latents of a clip that is written
         self.seconds: defaultdict[tuple[str, int], float] = defaultdict(float)  # by stage and rank
 
 
@@ -466,8 +465,12 @@ class Engine:
             rows = np.frombuffer(payload, clip.dtype).reshape(message.count, message.rows, *clip.shape[2:])
             write_rows(clip.path, rows, message.first_frame, message.first_row, clip.shape[1])
         whole = clip.arrived(message.first_frame, message.count, message.rows)
-        if whole and record.batch.on_frames is not None and job.result != "latents" and not record.cancelled:
+        if not whole or job.result == "latents" or record.cancelled:
+            return
+        if record.batch.on_frames is not None:
             record.batch.on_frames(message.request, whole.start, clip.look_at(whole))
+        if job.is_written:
+            self._deliveries.add(message.request, whole)
 
     def _end_decode(self, rank: int, request: str, now: float) -> None:
         """A rank has ended its share of a decode; with the last one of its team the clip is finished."""
@@ -479,13 +482,13 @@ class Engine:
         if record.cancelled:
             record.clip.discard()
             if record.job.is_written:
-                self._server.send(record.team[0], wire.EndDelivery(request=request))
+                self._deliveries.cancel(request, record.batch)
             return
         side_car = self._side_car(record, now)
         if record.job.is_written:
             self._note("stage", request, "write")
-            delivery = Delivery(job=record.job, batch=record.batch, rank=record.team[0], side_car=side_car)
-            self._deliveries.begin(delivery, record.clip)
+            record.clip.discard()  # the writers have a name of their own for this memory
+            self._deliveries.end(request, side_car)
             return
         self._note("stage", request, "done")
         record.batch.put(Finished(job=record.job, array=record.clip.claim(), side_car=side_car))
@@ -575,10 +578,12 @@ class Engine:
         request, result = record.job.request, record.job.result
         spec = request.spec
         latent_shape = self.facts.geometry.latent_shape(spec)
-        record.team = command.ranks
-        path = self._run_directory / f"{request.id}-{command.sequence}.frames"
+        path = self._run_directory / f"{request.id}-{command.sequence}.decoding"
         shape = latent_shape if result == "latents" else (spec.num_frames, spec.height, spec.width, 3)
         record.clip = ArrivingClip(path, shape, "float32" if result == "latents" else result)
+        if record.job.is_written:
+            memory = record.clip.link(path.with_suffix(".frames"))
+            self._deliveries.begin(record.job, record.batch, command.ranks[0], memory, shape)
         transfer = self._next_transfer()
         send = wire.SendLatents(request=request.id, to=command.ranks, transfer=transfer)
         self._server.send(command.leader, send)

@@ -43,17 +43,14 @@ class _Chunk:
         self.written = False
         self.freed = False
 
-    def free(self) -> None:
-        Path(self.message.path).unlink(missing_ok=True)
-        self.freed = True
-
 
 class _Clip:
     """All that was said about one clip, so that it can be said again to another writer."""
 
-    def __init__(self, message: OpenClip, writer: "_Writer") -> None:
+    def __init__(self, message: OpenClip, writer: "_Writer", memory: Path | None) -> None:
         self.open = message
         self.writer = writer
+        self.memory = memory  # one file for all frames
         self.chunks: list[_Chunk] = []
         self.close: CloseClip | None = None
         self.attempts = 1
@@ -63,8 +60,17 @@ class _Clip:
         return clip_path(Path(self.open.stem), self.open.format)
 
     def free(self) -> None:
+        """Free all of it."""
+        if self.memory is not None:
+            self.memory.unlink(missing_ok=True)
         for chunk in self.chunks:
-            chunk.free()
+            self.free_chunk(chunk)
+
+    def free_chunk(self, chunk: _Chunk) -> None:
+        """Free a chunk that has memory of its own."""
+        if self.memory is None:
+            Path(chunk.message.path).unlink(missing_ok=True)
+            chunk.freed = True
 
 
 class _Writer:
@@ -119,11 +125,12 @@ class _Writer:
 class WriterPool:
     """Writer processes that take clips in chunks of frames. Not thread-safe: one thread owns it; no call blocks.
 
-    A clip is `open`ed, gets its `frames` in order, and is `close`d; `news` tells what became of it. The producer of a
-    clip may have `credit` chunks on their way: it waits for news while that is 0, so a slow disk holds it back and
-    memory stays bounded. A chunk's shared memory belongs to the pool from then on. It is freed as soon as the chunk is
-    written while more are to come, and otherwise with the clip: a clip that has been given whole can be given again,
-    to another writer, if its own dies. Clips go to the writer with the fewest.
+    A clip is `open`ed, gets its `frames` in order, and is closed; `news` tells what became of it. Its frames lie in one
+    file in shared memory, which is freed with the clip, and of which a part is given as soon as it is there; or each
+    chunk in a file of its own. Then the producer may have `credit` chunks on their way: it waits for news while that
+    is 0, so a slow disk holds it back and memory stays bounded. Such a chunk is freed as soon as it is written while
+    more are to come. Shared memory that was given belongs to the pool. A clip that is still whole in memory is given to
+    another writer if its own dies. Clips go to the writer with the fewest.
 
     Args:
         writers: processes; they start with the first clip, or with `start`.
@@ -169,13 +176,22 @@ class WriterPool:
         """Readable when there are `news`."""
         return self._epoll.fileno()
 
-    def open(self, stem: Path, shape: tuple[int, int, int, int], fps: float, output: OutputConfig, request: str) -> int:
+    def open(
+        self,
+        stem: Path,
+        shape: tuple[int, int, int, int],
+        fps: float,
+        output: OutputConfig,
+        request: str,
+        memory: Path | None = None,
+    ) -> int:
         """Begin a clip of [T, H, W, 3] uint8 under `stem`; the number by which it is known from now on.
 
         Args:
             stem: folder and name without extension; the folder exists.
             output: format (not `latent`), codec, crf and pixel format.
             request: names the spans of the trace.
+            memory: the file of all frames, None where each chunk has its own.
         """
         assert output.format != "latent", output
         self.start()
@@ -192,25 +208,35 @@ class WriterPool:
             crf=output.crf,
             pixel_format=output.pixel_format,
         )
-        self._clips[clip] = _Clip(message, self._least_busy())
+        self._clips[clip] = _Clip(message, self._least_busy(), memory)
         self._clips[clip].writer.send([message])
         return clip
 
     def credit(self, clip: int) -> int:
-        """How many chunks of an open clip may be given now; a clip that has failed takes any, and drops them."""
+        """How many chunks in files of their own may be given now; a clip that has failed takes any, and drops them."""
         if clip not in self._clips:
             return self._chunks_ahead
         return self._chunks_ahead - sum(not chunk.written for chunk in self._clips[clip].chunks)
 
-    def frames(self, clip: int, first_frame: int, num_frames: int, path: Path) -> None:
-        """Give the next chunk, raw bytes; their memory is the pool's from now on."""
-        message = WriteFrames(clip=clip, first_frame=first_frame, num_frames=num_frames, path=str(path))
-        if clip not in self._clips:  # has failed, as `news` tells or has told
-            path.unlink(missing_ok=True)
+    def frames(self, clip: int, first_frame: int, num_frames: int, path: Path | None = None) -> None:
+        """Give the next frames: they lie at their place in the file of all frames, or alone in the file `path`."""
+        if clip not in self._clips or not num_frames:  # has failed, as `news` tells or has told
+            if path is not None:
+                path.unlink(missing_ok=True)
             return
-        assert self.credit(clip) > 0, (clip, first_frame)
-        self._clips[clip].chunks.append(_Chunk(message))
-        self._clips[clip].writer.send([message])
+        told = self._clips[clip]
+        memory = told.memory if path is None else path
+        assert memory is not None and (path is None) != (told.memory is None), (clip, path)
+        assert path is None or self.credit(clip) > 0, (clip, first_frame)
+        message = WriteFrames(
+            clip=clip,
+            first_frame=first_frame,
+            num_frames=num_frames,
+            path=str(memory),
+            file_begins=0 if path is None else first_frame,
+        )
+        told.chunks.append(_Chunk(message))
+        told.writer.send([message])
 
     def close_clip(self, clip: int, side_car: SideCar) -> None:
         """All frames have been given: the clip gets its name, and its side-car, completed, beside it."""
@@ -286,7 +312,7 @@ class WriterPool:
             (chunk,) = [chunk for chunk in clip.chunks if chunk.message.first_frame == message.first_frame]
             chunk.written = True
             if clip.close is None:
-                chunk.free()
+                clip.free_chunk(chunk)
         else:
             self._clips.pop(message.clip).free()
         return True

@@ -1,6 +1,7 @@
 """The three ways to decode, end to end: the same frames, in parts as they are ready, by one rank or by several."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -113,6 +114,46 @@ def test_what_a_team_has_decoded_is_written(
         assert result.side_car.frames_sha256 == media.frames_hash(frames)
 
 
+def test_first_frames_are_written_before_the_last_ones_are_decoded(
+    tiny_checkpoint: Path, launcher: LocalLauncher, tmp_path: Path
+) -> None:
+    with start(tiny_checkpoint, launcher, "stream", 1, 1) as pipe:
+        rank, stopped = pipe.engine.pids[1], threading.Event()
+
+        def stop(clip: str) -> None:
+            if not stopped.is_set():
+                os.kill(rank, signal.SIGSTOP)
+                stopped.set()
+
+        consumer = Recording(stop)
+        results = pipe.render([request(0, spec=LONG)], save_to=tmp_path, on_frames=consumer)
+        assert stopped.wait(30)
+        deadline = time.monotonic() + 6  # then the rank would count as lost
+        while not any(s.stage == "write" for s in list(pipe.trace.spans)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        written_early = any(s.stage == "write" for s in list(pipe.trace.spans))
+        decoded = sum(len(frames) for _, frames in consumer.parts["clip0"])
+        os.kill(rank, signal.SIGCONT)
+        (result,) = results
+    assert written_early and decoded < LONG.num_frames
+    assert media.probe(tmp_path / "clip0.mp4").num_frames == LONG.num_frames
+    assert result.side_car.frames_sha256 == media.frames_hash(consumer.joined("clip0"))
+
+
+def test_a_clip_that_cannot_be_written_is_noticed_while_it_is_decoded_and_its_latents_are_kept(
+    tiny_checkpoint: Path, launcher: LocalLauncher, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    consumer = Recording(lambda clip: shutil.rmtree(folder, ignore_errors=True))  # before the writer opens its file
+    with start(tiny_checkpoint, launcher, "tiles", 1, 2) as pipe:
+        (result,) = pipe.render([request(0, spec=LONG)], save_to=folder, on_frames=consumer)
+        assert result.error is not None and result.error.latents is not None and result.error.latents.exists()
+        assert len(consumer.joined("clip0")) == LONG.num_frames
+        (after,) = pipe.render([request(1)], save_to=tmp_path / "other")
+        assert after.path is not None and after.path.exists()
+        assert not list(pipe.engine._run_directory.glob("clip*"))
+
+
 def test_other_kinds_of_results_come_from_teams_too(pipeline: HunyuanVideoPipeline) -> None:
     arguments = {"height": 64, "width": 48, "num_frames": 33, "num_inference_steps": 2}
     images = np.stack(pipeline("fox 0", **arguments, seed=0).frames[0])
@@ -136,7 +177,7 @@ def test_a_clip_that_is_cancelled_while_it_is_decoded_leaves_nothing(pipeline: H
     deadline = time.monotonic() + 5
     while not pipeline.engine._scheduler.idle and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not list(pipeline.engine._run_directory.glob("*.frames"))
+    assert not list(pipeline.engine._run_directory.glob("clip*"))
 
 
 @pytest.mark.parametrize(("mode", "dit", "vae"), [("clip", 1, 1), ("stream", 1, 1), ("tiles", 1, 2), ("tiles", 2, 0)])

@@ -267,6 +267,29 @@ def test_the_file_grows_under_a_temporary_name(studio: Studio) -> None:
     assert media.probe(studio.out / "fox.mp4").num_frames == 120
 
 
+@pytest.mark.parametrize("killed", [False, True])
+def test_frames_may_come_in_one_file_that_fills(make_studio: Callable[..., Studio], killed: bool) -> None:
+    """As ranks decode a clip: the memory stays until the end, so that a writer that dies costs nothing."""
+    studio, frames = make_studio("slow-disk"), moving(30)
+    memory = studio.memory / "whole"
+    memory.write_bytes(bytes(frames.nbytes))
+    clip = studio.pool.open(studio.out / "fox", frames.shape, 12.0, OutputConfig(), "fox", memory)
+    for first_frame, count in ((0, 7), (7, 0), (7, 13), (20, 10)):
+        with memory.open("r+b") as file:
+            file.seek(frames[:first_frame].nbytes)
+            file.write(frames[first_frame : first_frame + count].data)
+        studio.pool.frames(clip, first_frame, count)
+        if killed and first_frame == 7:
+            studio.wait(lambda: studio.news)
+            os.kill(studio.pool.pids[0], signal.SIGKILL)
+    assert memory.exists()
+    studio.pool.close_clip(clip, side_car())
+    written = studio.outcome(clip)
+    assert isinstance(written, ClipWritten) and written.side_car.frames_sha256 == media.frames_hash(frames)
+    assert bytes_of(studio.out / "fox.mp4") == bytes_of(in_process(studio.out.parent / "expected", frames))
+    assert not list(studio.memory.iterdir())
+
+
 # -- bounded ----------------------------------------------------------------------------------------------------------
 
 
@@ -283,15 +306,14 @@ def test_a_slow_writer_holds_the_producer_back(make_studio: Callable[..., Studio
 
 def test_clips_are_shared_out_among_writers(make_studio: Callable[..., Studio]) -> None:
     studio = make_studio("slow-disk", writers=2)
-    studio.pool.start()
-    clips = [studio.begin(f"clip{index}", format="npy") for index in range(4)]
-    before = {pid: psutil.Process(pid) for pid in studio.pool.pids}
-    assert len(before) == 2
-    for clip in clips:
-        studio.give(clip, 0, moving())
-        studio.pool.close_clip(clip, side_car())
-    for clip in clips:
-        assert isinstance(studio.outcome(clip), ClipWritten)
+    frames = moving(60, 16, 16)
+    for round in ("warm-up", "measured"):  # for the second one both are there for certain
+        clips = [studio.begin(f"{round}{index}", frames.shape, format="npy") for index in range(4)]
+        for clip in clips:
+            studio.give(clip, 0, frames)
+            studio.pool.close_clip(clip, side_car())
+        assert all(isinstance(studio.outcome(clip), ClipWritten) for clip in clips)
+    assert len(studio.pool.pids) == 2
     writing = [[span for n in studio.news if n.clip == clip for span in n.spans] for clip in clips]
     first, second = ((spans[0].start_ns, spans[-1].end_ns) for spans in writing[:2])
     assert first[0] < second[1] and second[0] < first[1]  # at the same time
@@ -347,7 +369,7 @@ def begin_to_write(studio: Studio, frames: Frames, name: str = "fox", **output: 
 def test_a_writer_that_dies_is_replaced_and_its_clips_written_again(
     make_studio: Callable[..., Studio], how: int
 ) -> None:
-    studio = make_studio("slow-disk", silent_after_s=2.0)
+    studio = make_studio("slow-disk", silent_after_s=3.0)
     frames = [moving(40, seed=seed) for seed in range(3)]
     clips = [begin_to_write(studio, frames[0], "a")]
     for index, name in ((1, "b"), (2, "c")):
@@ -357,8 +379,8 @@ def test_a_writer_that_dies_is_replaced_and_its_clips_written_again(
     (pid,) = studio.pool.pids
     os.kill(pid, how)
     since = time.monotonic()
-    studio.wait(lambda: studio.pool.pids != [pid], timeout_s=5.0)
-    assert time.monotonic() - since < 5
+    studio.wait(lambda: studio.pool.pids != [pid])
+    assert time.monotonic() - since < 10
     assert not psutil.pid_exists(pid)
     for clip, expected in zip(clips, frames, strict=True):
         written = studio.outcome(clip)

@@ -1,13 +1,15 @@
 """Batches that are rendered into a folder: files by a writer process, latents kept where a file cannot be written."""
 
+import contextlib
 import os
+import select
 import shlex
 import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -17,14 +19,17 @@ import pytest
 import torch
 
 from pipelines import HunyuanVideoPipeline, cli
+from pipelines.batch import Batch, Job
 from pipelines.cli_errors import CommandError
 from pipelines.cli_render import gather_requests, render_all, resolve_config
+from pipelines.delivery import Deliveries
 from pipelines.faults import RankError
 from pipelines.launch import LocalLauncher
 from videopipe import media
-from videopipe.config import OutputConfig
+from videopipe.config import Config, OutputConfig
 from videopipe.geometry import VideoSpec
-from videopipe.records import VideoRequest
+from videopipe.messages import EndDelivery, LatentsReturned
+from videopipe.records import SideCar, VideoRequest
 from videopipe.rendering import RenderResult, WriteError
 from videopipe.trace import ENGINE_RANK
 
@@ -65,7 +70,9 @@ def frames_sha256(clip: Path) -> str | None:
 
 
 def shared_memory(pipe: HunyuanVideoPipeline) -> list[Path]:
-    return list(pipe.engine._run_directory.glob("*.frames"))
+    """Files of clips that are decoded and not written."""
+    files = pipe.engine._run_directory.glob("*.frames")
+    return [file for file in files if not file.with_suffix(".decoding").exists()]
 
 
 def test_clips_rendered_into_a_folder_are_those_saved_in_process(
@@ -215,6 +222,83 @@ def test_the_cli_reports_a_clip_that_could_not_be_written_and_ends_with_1(
     out, err = capsys.readouterr()
     assert sorted(out.split()) == [str(tmp_path / "out" / f"{name}.mp4") for name in "ac"]
     assert err.startswith(f"videopipe: {tmp_path}/out/b.mp4 could not be written: Is a directory") and "decode" in err
+
+
+class Told:
+    """Deliveries without an engine: what they send and tell."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sent: list[tuple[int, object]] = []
+        self.delivered: list[str] = []
+        self.deliveries = Deliveries(
+            Config(output=OutputConfig(format="npy")),  # which opens its file at once
+            send=lambda rank, message: self.sent.append((rank, message)),
+            delivered=self.delivered.append,
+            note_spans=lambda spans: None,
+        )
+        self.job = Job(request=requests("a", 1)[0], save_to=folder)
+        self.batch = Batch(lambda what, argument: None, [self.job])
+        self.memory = folder.parent / "frames"
+        self.memory.write_bytes(bytes(9 * 32 * 48 * 3))
+        self.deliveries.begin(self.job, self.batch, 7, self.memory, (9, 32, 48, 3))
+
+    def look_until(self, condition: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            select.select([self.deliveries.fileno()], [], [], 0.05)
+            self.deliveries.look(time.monotonic())
+
+    def close(self) -> None:
+        self.deliveries.close()
+        assert not self.memory.exists()
+
+
+def test_a_clip_that_fails_while_it_is_being_decoded_is_told_when_it_has_been(tmp_path: Path) -> None:
+    told = Told(tmp_path / "not-there")
+    with contextlib.closing(told):
+        told.deliveries.add("a-0", range(4))
+        told.look_until(lambda: not told.memory.exists())
+        told.deliveries.add("a-0", range(4, 9))
+        assert not told.sent and not told.delivered  # the scheduler still has it decoded
+        told.deliveries.end("a-0", expected_side_car(told.job.request))
+        assert told.sent == [(7, EndDelivery(request="a-0", return_latents=True))] and not told.delivered
+        latents = np.arange(6, dtype=np.float32).reshape(1, 1, 1, 2, 3)
+        told.deliveries.returned(LatentsReturned(request="a-0", shape=latents.shape), latents.tobytes())
+        (finished,) = told.batch
+    assert told.delivered == ["a-0"]
+    assert np.array_equal(finished.array, latents)
+    assert finished.failure is not None and finished.failure.cause.startswith("No such file or directory")
+
+
+def test_a_clip_that_is_cancelled_while_it_is_being_decoded_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    told = Told(tmp_path / "out")
+    with contextlib.closing(told):
+        told.deliveries.add("a-0", range(4))
+        told.look_until(lambda: names(tmp_path / "out"))
+        told.deliveries.cancel("a-0", Batch(lambda what, argument: None, []))  # another batch with the same id
+        assert not told.sent
+        told.deliveries.cancel("a-0", told.batch)
+        assert told.sent == [(7, EndDelivery(request="a-0"))] and not told.delivered
+        told.look_until(lambda: not names(tmp_path / "out"))
+
+
+def expected_side_car(request: VideoRequest) -> SideCar:
+    return SideCar(
+        request=request,
+        output="",
+        format="mp4",
+        frames_sha256=None,
+        versions={},
+        plan={},
+        config={},
+        stages=(),
+        queue_wait_s=0.0,
+        total_s=0.0,
+        peak_memory_bytes={},
+        finished_at="",
+    )
 
 
 def can_mount() -> bool:

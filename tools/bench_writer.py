@@ -1,8 +1,7 @@
 """What writing costs the caller: clips saved in its own thread against the same clips by a writer process.
 
-`python -m tools.bench_writer` renders the same batch both ways in turn on one pipeline. For each way: the seconds of
-processor time that the caller's thread spends on a clip, and the seconds of the whole batch. The second ratio is what a
-user sees; it is above 1 only where a core is free for the writer, or where the caller has other work to do.
+`python -m tools.bench_writer` renders the same batch both ways in turn on one pipeline. For each way: the processor
+time that the caller's thread spends on a clip, and, as a ratio, the seconds of the whole batch.
 """
 
 import statistics
@@ -65,10 +64,8 @@ def main(
     shape = f"{num_frames}x{height}x{width}, {steps} steps, {clips} clips, {repetitions} repetitions"
     pairs = list(zip(costs[False], costs[True], strict=True))
     own, other = (statistics.median(cost.thread_s for cost in costs[by_writer]) * 1000 for by_writer in (False, True))
-    print(
-        f"caller's thread, ms of processor time for each clip: {own:.1f} in process, {other:.1f} by a writer; {shape}"
-    )
-    print(f"  ratio {spread([a.thread_s / b.thread_s for a, b in pairs])}")
+    print(shape)
+    print(f"caller's thread, ms of processor time for each clip: {own:.1f} in process, {other:.1f} by a writer")
     print(f"seconds of a batch, in process / by a writer: {spread([a.batch_s / b.batch_s for a, b in pairs])}")
 
 

@@ -102,8 +102,13 @@ class ArrivingClip:
         self.path.unlink()
         return array
 
+    def link(self, path: Path) -> Path:
+        """A second name for the memory, so that it stays when the first one goes; the second is the caller's."""
+        os.link(self.path, path)
+        return path
+
     def discard(self) -> None:
-        """Nobody wants it any more."""
+        """Nobody wants it any more under its own name."""
         self.path.unlink()
 
 

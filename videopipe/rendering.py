@@ -92,8 +92,12 @@ class RenderResult(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, path=path, side_car=side_car)
 
     def rescued(self, path: Path, cause: str) -> "RenderResult":
-        """Since `path` could not be written: keep the latents beside it, or else in a new folder of
-        `output.rescue_directory`; the result with the error that tells where."""
+        """Keep the latents since `path` could not be written: beside it, or else in a new folder of
+        `output.rescue_directory`.
+
+        Returns:
+            The result with the error that tells where, or why not; nothing is raised.
+        """
         if self.latents is None:
             error = WriteError(path, cause, None, "its latents were lost with their rank")
             return msgspec.structs.replace(self, error=error)
@@ -126,8 +130,6 @@ class RenderResult(msgspec.Struct, frozen=True, kw_only=True):
         stem.parent.mkdir(parents=True, exist_ok=True)
         side_car = self.side_car
         begin = time.monotonic()
-        if self.path is not None:
-            raise ValueError(f"this clip is in {self.path} already, its frames are not here")
         if form == "latent":
             if self.latents is None:
                 raise ValueError("format='latent' needs latents but this result holds frames, nearest is 'mp4'")
@@ -135,6 +137,8 @@ class RenderResult(msgspec.Struct, frozen=True, kw_only=True):
             path = media.write_latents(tensor, stem, {"request_id": self.request_id, "prompt": side_car.request.prompt})
             sha256 = media.latents_hash(tensor)
         else:
+            if self.frames is None and self.path is not None:
+                raise ValueError(f"this clip is in {self.path} already, its frames are not here")
             if self.frames is None:
                 raise ValueError(f"format={form!r} needs frames but this result holds latents, nearest is 'latent'")
             frames: NDArray[Any] = self.frames

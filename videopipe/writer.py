@@ -21,7 +21,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
-from videopipe.clip_file import ClipFile
+from videopipe.clip_file import ClipFile, clip_path
 from videopipe.handover import attach
 from videopipe.media import FrameFormat, finish_side_car, side_car_path
 from videopipe.records import SideCar
@@ -47,12 +47,16 @@ class OpenClip(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class WriteFrames(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Append `num_frames` frames, the raw bytes of a file in shared memory, which stays the sender's."""
+    """Append `num_frames` frames, raw bytes in a file in shared memory, which stays the sender's.
+
+    The file begins with frame `file_begins` of the clip: with `first_frame`, or with 0 where it is that of all frames.
+    """
 
     clip: int
     first_frame: int
     num_frames: int
     path: str
+    file_begins: int
 
 
 class CloseClip(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -203,12 +207,12 @@ class Service:
         self._answer(ClipWritten(clip=message.clip, path=str(path), side_car=side_car, spans=spans))
 
     def _write(self, message: WriteFrames, clip: _OpenFile) -> None:
-        shape = (message.num_frames, *clip.message.shape[1:])
-        frames = attach(Path(message.path), shape, "uint8").astype(np.uint8, copy=False)
-        for index in range(message.num_frames):
+        frames = attach(Path(message.path), (-1, *clip.message.shape[1:]), "uint8").astype(np.uint8, copy=False)
+        for frame in range(message.first_frame, message.first_frame + message.num_frames):
             if message.clip in self._unwanted:
                 return
-            clip.file.write(message.first_frame + index, frames[index : index + 1])
+            index = frame - message.file_begins
+            clip.file.write(frame, frames[index : index + 1])
 
     def _drop(self, clip: int) -> None:
         if clip in self._open:
@@ -223,7 +227,7 @@ class Service:
             with contextlib.suppress(OSError):  # the first error is the one to tell
                 clip.file.abort()
         elif isinstance(message, OpenClip):
-            path = message.stem
+            path = str(clip_path(Path(message.stem), message.format))
         cause = str(error)
         if isinstance(error, OSError) and error.strerror:
             cause = f"{error.strerror} after {written} frames"
@@ -265,9 +269,13 @@ def _listen(
     """Take messages off standard input until it closes, so that the sender never waits; say that we live."""
     decoder = msgspec.json.Decoder(ToWriter)
     buffer = b""
+    said_at = 0.0
     while True:
-        if not select.select([0], [], [], ALIVE_EVERY_S)[0]:
+        readable = select.select([0], [], [], ALIVE_EVERY_S)[0]
+        if time.monotonic() - said_at >= ALIVE_EVERY_S:
+            said_at = time.monotonic()
             answer(Alive())
+        if not readable:
             continue
         data = os.read(0, 1 << 16)
         if not data:
