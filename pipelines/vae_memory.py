@@ -126,7 +126,8 @@ def hunyuan_tiled_bytes(
                 activations[size] = hunyuan_tile_bytes(config, size, item_bytes)
             peak = max(peak, held + finished[member] + activations[size])
             finished[member] += 3 * costs[s, r, c] * item_bytes
-        parts = max(grid.frames[s].size + grid.frames[s].blend for s in wave) * frame
+        tails = [span.blend for span in (*grid.frames[1:], grid.frames[0])]  # what the next slab is blended with
+        parts = max(grid.frames[s].size + tails[s] for s in wave) * frame
         moved = 0 if members == 1 else 2 * max(finished)
         peak = max(peak, held + max(finished) + moved + parts)
         held, start = parts, wave.stop
