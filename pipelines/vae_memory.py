@@ -118,16 +118,16 @@ def hunyuan_tiled_bytes(
     while start < len(grid.frames):
         wave = next_wave(grid, start, members)
         costs = {place: grid.cost(place) for place in grid.places(wave)}
-        finished, largest = [0] * members, [0] * members
-        for (s, r, c), member in assign(costs, members).items():
+        finished = [0] * members
+        for (s, r, c), member in sorted(assign(costs, members).items()):  # each member decodes its own in this order
             spans = (grid.frames[s], grid.rows[r], grid.cols[c])
             size = tuple(span.end - span.begin for span in spans)
             if size not in activations:
                 activations[size] = hunyuan_tile_bytes(config, size, item_bytes)
+            peak = max(peak, held + finished[member] + activations[size])
             finished[member] += 3 * costs[s, r, c] * item_bytes
-            largest[member] = max(largest[member], activations[size])
-        peak = max(peak, held + max(map(sum, zip(finished, largest, strict=True))))
-        parts = max(grid.frames[s].size + grid.frames[s].blend for s in wave) * frame
+        tails = [span.blend for span in (*grid.frames[1:], grid.frames[0])]  # what the next slab is blended with
+        parts = max(grid.frames[s].size + tails[s] for s in wave) * frame
         moved = 0 if members == 1 else 2 * max(finished)
         peak = max(peak, held + max(finished) + moved + parts)
         held, start = parts, wave.stop

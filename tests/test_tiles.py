@@ -43,7 +43,7 @@ def configure(vae: object, sizes: TileSettings) -> None:
     vae.use_framewise_decoding = sizes.temporal  # type: ignore[attr-defined]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     sizes=tile_sizes(),
     shape=st.tuples(st.integers(1, 11), st.integers(1, 11), st.integers(1, 11)),

@@ -24,7 +24,7 @@ SMALL = {
     "tile_sample_stride_height": 24, "tile_sample_stride_width": 16, "tile_sample_stride_num_frames": 4,
 }  # fmt: skip
 CASES = (  # latent sizes, arguments of enable_tiling, dtype; each on teams of 1 to 6
-    ((9, 7, 5), SMALL, torch.float32),
+    ((5, 7, 5), SMALL, torch.float32),
     ((6, 5, 4), {}, torch.bfloat16),  # tiles in time alone: several slabs in a wave
     ((2, 1, 1), SMALL, torch.float32),  # one tile: most members decode nothing
     ((13, 3, 9), {**SMALL, "tile_sample_stride_num_frames": 8}, torch.bfloat16),  # slabs that do not overlap
@@ -43,7 +43,7 @@ def decode_on_teams(runtime: Runtime, cheap: bool) -> list[list[Any]]:
     """For each case and each size of team that this rank is in: its parts."""
     groups = [dist.new_group(list(range(n))) for n in range(1, runtime.world_size + 1)]
     results: list[list[Any]] = []
-    for shape, tiling, dtype in CASES:
+    for shape, tiling, dtype in CASES if cheap else CASES[:2]:
         vae = small_vae(dtype=dtype, cheap=cheap, **tiling)
         results.append([])
         for members in range(runtime.rank + 1, runtime.world_size + 1):
@@ -58,10 +58,10 @@ def decode_on_teams(runtime: Runtime, cheap: bool) -> list[list[Any]]:
     return results
 
 
-@pytest.mark.parametrize(("cheap", "world_size"), [(True, 6), (False, 3)])
+@pytest.mark.parametrize(("cheap", "world_size"), [(True, 6), (False, 2)])
 def test_teams_give_the_bits_of_one_rank_and_of_diffusers(cheap: bool, world_size: int) -> None:
     results = run_ranks(decode_on_teams, world_size, cheap)
-    for i, (shape, tiling, dtype) in enumerate(CASES):
+    for i, (shape, tiling, dtype) in enumerate(CASES if cheap else CASES[:2]):
         expected = reference(small_vae(dtype=dtype, cheap=cheap, **tiling), draw_latents(*shape, dtype=dtype)).float()
         for members in range(1, world_size + 1):
             mine = [results[member][i][members - member - 1] for member in range(members)]

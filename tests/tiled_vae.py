@@ -8,9 +8,7 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor, nn
 
-from tests.ranks import leave
-from vae_group.team import Part, Team
-from videopipe.runtime import Runtime
+from vae_group.team import Part
 
 
 class CheapDecoder(nn.Module):
@@ -18,7 +16,10 @@ class CheapDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         x = z[:, :3].repeat_interleave(8, dim=3).repeat_interleave(8, dim=4).repeat_interleave(4, dim=2)[:, :, 3:]
-        return x + torch.linspace(0.5, 1.5, math.prod(x.shape[2:]), dtype=x.dtype).view(x.shape[2:])
+        place = torch.linspace(
+            0.5, 1.5, math.prod(x.shape[2:]), dtype=torch.float64
+        )  # float16's differs from call to call
+        return x + place.to(x.dtype).view(x.shape[2:])
 
 
 def small_vae(seed: int = 0, dtype: torch.dtype = torch.float32, cheap: bool = False, **tiling: int) -> Any:
@@ -55,11 +56,3 @@ def join(parts: list[Part]) -> Tensor:
         assert after.first_frame == before.first_frame + before.video.shape[2]
         assert after.first_row == before.first_row
     return torch.cat([part.video for part in parts], dim=2)
-
-
-def team_of(runtime: Runtime) -> Team:
-    """All ranks of a test run as one team."""
-    return Team(group=runtime.exchange_group, member=runtime.rank, members=runtime.world_size)
-
-
-__all__ = ["CheapDecoder", "draw_latents", "join", "leave", "reference", "small_vae", "team_of"]

@@ -130,7 +130,7 @@ class SlabExchange:
     def finish(self, tail: Tensor | None) -> Tensor:
         """This member's band, [1, 3, t, rows, W], blended with `tail`, the last frames of the slab before.
 
-        None for the first slab, and for the one that a restart begins with, whose first frames nobody wants.
+        `tail` is None for the first slab, and for the one that a restart begins with, whose first frames nobody wants.
         """
         if self._team.group is not None:
             self._exchange()
