@@ -4,7 +4,7 @@ Source: attention co-processing (Aco) of PipeDiT (arXiv 2511.12056). A helper is
 tokens and some heads; it makes the same calls as the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class Assistant:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._parallel = parallel
+        self.parallel = parallel
         self._kernels = tuple(kernels)
         self._nothing = torch.empty((1, 0, parallel.num_heads, head_dim), dtype=dtype, device=device)
         self._requests: dict[str, _Assisted] = {}
@@ -65,12 +65,17 @@ class Assistant:
         layouts = self._layouts.get((request, helpers))
         if layouts is None:
             num_video = assisted.num_video
-            layouts = [self._parallel.lay_out(num_video, m.shape[1], m, helpers) for m in assisted.text_masks]
+            layouts = [self.parallel.lay_out(num_video, m.shape[1], m, helpers) for m in assisted.text_masks]
             self._layouts[request, helpers] = layouts
         nothing = self._nothing.expand(assisted.rows, -1, -1, -1)
         for layout in layouts:
             for kernel in self._kernels:
                 run_call(layout.attention.begin(kernel), nothing, nothing, nothing)
+
+    def layer(self, index: int, rows: int) -> Callable[[], object]:
+        """Prepare to take part in attention layer `index` alone, in the layout then in use."""
+        kernel, nothing = self._kernels[index], self._nothing.expand(rows, -1, -1, -1)
+        return lambda: run_call(self.parallel.begin(kernel), nothing, nothing, nothing)
 
     def forget(self, request: str) -> None:
         """No step of this request will come any more."""

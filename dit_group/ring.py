@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_group.call import run_call
 from dit_group.kernels import Kernel, KernelWithLse, kernel_with_lse, merge_partial
-from dit_group.ulysses import Balance
+from videopipe.arrangement import Balance
 from videopipe.exchange import PendingExchange, start_take_from_previous
 from videopipe.partition import offsets
 

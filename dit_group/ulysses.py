@@ -5,18 +5,15 @@ generalised from one head to chunks of heads. The paper repairs the order of hea
 cut into chunks in global order before the exchange, so the results concatenate in the right order by themselves.
 """
 
-from typing import Literal
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dit_group.call import run_call
 from dit_group.kernels import Kernel
+from videopipe.arrangement import Balance
 from videopipe.exchange import Exchange, PendingExchange, start_gather_tokens
 from videopipe.partition import Partition, split_evenly
-
-Balance = Literal["heads", "rows"]
 
 
 class Ulysses:
@@ -32,6 +29,9 @@ class Ulysses:
             heads, and of the N % n heads left over each member computes its own query rows: their keys and values are
             gathered, their queries and outputs do not travel, and all members do the same amount of work.
         head_counts: whole heads of each member, where they shall not be equal; zero for members that only bring tokens.
+            With `rows` they may leave heads over, which are divided by query rows.
+        helpers_first: the heads of members without tokens travel and compute as the first chunk, so that those members
+            begin while the others still exchange among themselves.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Ulysses:
         heads_per_chunk: int | None = None,
         balance: Balance = "heads",
         head_counts: tuple[int, ...] | None = None,
+        helpers_first: bool = False,
     ) -> None:
         members = len(token_counts)
         self.group = group
@@ -54,13 +55,17 @@ class Ulysses:
         self.kernel = kernel
         self.key_mask = key_mask
         whole = num_heads if balance == "heads" else num_heads // members * members
-        self.shared_heads = slice(whole, num_heads)
         left = split_evenly(whole, members) if head_counts is None else head_counts
-        assert sum(left) == whole, (left, whole, num_heads, balance)
+        whole = sum(left)
+        assert whole <= num_heads if balance == "rows" else whole == num_heads, (left, num_heads, balance)
+        self.shared_heads = slice(whole, num_heads)
         self.chunks: list[tuple[slice, Exchange]] = []
         start = 0
         while start < whole:
             counts = left if heads_per_chunk is None else tuple(min(heads_per_chunk, n) for n in left)
+            if helpers_first and not start:
+                first = tuple(n if tokens == 0 else 0 for n, tokens in zip(left, token_counts, strict=True))
+                counts = first if any(first) else counts
             left = tuple(n - taken for n, taken in zip(left, counts, strict=True))
             heads = slice(start, start + sum(counts))
             self.chunks.append((heads, Exchange(group, Partition(token_counts, counts), member)))

@@ -9,6 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dit_group.calibrate import Part
 from dit_group.denoise import Denoising, draw_noise
 from dit_group.record import Keep, StepRecording
 from videopipe.messages import BeginDenoise, RunStep, SendLatents
@@ -16,7 +17,7 @@ from videopipe.records import VideoRequest
 from videopipe.runtime import PeerLink, Runtime
 
 
-class Denoiser(Protocol):
+class Denoiser(Part, Protocol):
     """A model family's denoising part, loaded on this rank and sharded over the DiT group."""
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import shutil
 import socket
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -28,10 +28,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import faults
+from pipelines.calibration import BUDGET_S, Calibrations, Choice, setup_of, shape_of
 from pipelines.families import ModelFacts
 from pipelines.launch import Launcher
 from videopipe import messages as wire
 from videopipe import scheduler as plan
+from videopipe.arrangement import Arrangement, Calibration, Shape
 from videopipe.config import Config
 from videopipe.control import ControlServer
 from videopipe.handover import claim
@@ -127,9 +129,10 @@ class Batch:
 class _Record:
     """What the engine notes about one request under way."""
 
-    def __init__(self, job: Job, batch: Batch, now: float) -> None:
+    def __init__(self, job: Job, batch: Batch, choice: Choice | None, now: float) -> None:
         self.job = job
         self.batch = batch
+        self.choice = choice
         self.submitted = now
         self.denoised = now
         self.queue_wait_s = 0.0
@@ -172,6 +175,14 @@ class Engine:
         self._progress = progress
         self._records: dict[str, _Record] = {}
         self._hosts: dict[int, str] = {}
+        self._devices: dict[int, str] = {}
+        self._calibrations: Calibrations | None = None  # where the configuration leaves something to measure
+        self._to_measure: deque[Shape] = deque()
+        self._measuring: Shape | None = None
+        self._budget_s = BUDGET_S
+        self._asked: queue.SimpleQueue[Calibration | BaseException] | None = None
+        self._held: deque[tuple[str, Any]] = deque()  # what callers said and is not done, the first being done
+        self._arranged: dict[int, tuple[Arrangement, ...]] = {}  # what ranks were told, by video tokens
         self._clock_offset_ns: dict[int, int] = {}
         self._peaks: dict[int, int] = {}
         self._weights: dict[int, dict[str, int]] = {}
@@ -247,6 +258,25 @@ class Engine:
 
     def _latent_bytes(self, request: VideoRequest) -> int:
         return 4 * math.prod(self.facts.geometry.latent_shape(request.spec))  # float32
+
+    def calibrate(self, request: VideoRequest, budget_s: float = BUDGET_S) -> Calibration:
+        """Measure the ways of moving heads for this request's size, whatever is known, and keep the result.
+
+        Raises:
+            RankError: a rank was lost.
+            RuntimeError: the engine is closed, or the ranks are at work.
+            ValueError: the configuration leaves nothing to choose.
+        """
+        if self._calibrations is None or not self._calibrations.rules.is_open:
+            raise ValueError("the configuration leaves nothing to measure")
+        answer: queue.SimpleQueue[Calibration | BaseException] = queue.SimpleQueue()
+        if self._failure is not None:
+            raise self._failure
+        self.tell("calibrate", (shape_of(self.config, self.facts, request), budget_s, answer))
+        result = answer.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def tell(self, what: str, argument: Any = None) -> None:
         """Hand something to the engine's thread."""
@@ -335,7 +365,8 @@ class Engine:
                 if what == "close":
                     self._say_goodbye()
                     return
-                self._hear(what, argument)
+                self._held.append((what, argument))  # an error finds it there
+                self._hear_held()
             now = time.monotonic()
             for news in self._launcher.ended():
                 self._faults.ended(news, self.doing(news.rank), now)
@@ -348,7 +379,7 @@ class Engine:
 
     def _say_goodbye(self) -> None:
         """Idle ranks leave in order; ranks at work are ended by the launcher right after."""
-        if not self._scheduler.idle or not self._ready.is_set():
+        if not self._scheduler.idle or self._measuring is not None or not self._ready.is_set():
             return
         for rank in range(self.config.world_size):
             self._server.send(rank, wire.StopRank())
@@ -367,29 +398,37 @@ class Engine:
         """Whoever waits for a result gets the clips that are finished, then the error."""
         batches = {id(record.batch): record.batch for record in self._records.values()}
         while not self._inbox.empty():
-            what, argument = self._inbox.get()
-            if what == "submit":
+            self._held.append(self._inbox.get())
+        for what, argument in self._held:
+            if what in ("submit", "admit"):
                 batches[id(argument[0])] = argument[0]
+            elif what == "calibrate":
+                argument[-1].put(error)
+        if self._asked is not None:
+            self._asked.put(error)
         for batch in batches.values():
             batch.put(error)
 
+    def _hear_held(self) -> None:
+        """Take what callers said, in order; not while ranks measure."""
+        while self._held and self._measuring is None:
+            self._hear(*self._held[0])
+            self._held.popleft()
+
     def _hear(self, what: str, argument: Any) -> None:
         match what:
-            case "submit":
-                batch, jobs = argument
-                known = [job.request.id for job in jobs if self._scheduler.knows(job.request.id)]
-                if known:
-                    batch.put(ValueError(f"id={known[0]!r} is already under way, give each request its own id"))
-                    return
-                for job in jobs:
-                    self._records[job.request.id] = _Record(job, batch, time.monotonic())
-                    self._on(
-                        plan.Submitted(
-                            request=job.request.id,
-                            num_steps=job.request.num_inference_steps,
-                            latent_bytes=self._latent_bytes(job.request),
-                        )
-                    )
+            case "submit" if shapes := self._new_shapes(argument[1]):
+                self._held.insert(1, ("admit", argument))
+                self._measure(shapes, BUDGET_S)
+            case "submit" | "admit":
+                self._admit(*argument)
+            case "calibrate":
+                shape, budget_s, answer = argument
+                if self._scheduler.idle:
+                    self._asked = answer
+                    self._measure([shape], budget_s)
+                else:
+                    answer.put(RuntimeError("the ranks are at work; calibrate before requests or after them"))
             case "delivered":
                 self._on(plan.Delivered(request=argument))
             case "cancel":
@@ -400,6 +439,65 @@ class Engine:
                 record.cancelled = True
                 self._on(plan.Cancelled(request=argument))
                 self._forget_cancelled()
+
+    def _admit(self, batch: Batch, jobs: list[Job]) -> None:
+        known = [job.request.id for job in jobs if self._scheduler.knows(job.request.id)]
+        if known:
+            batch.put(ValueError(f"id={known[0]!r} is already under way, give each request its own id"))
+            return
+        for job in jobs:
+            choice = None if self._calibrations is None else self._calibrations.choose(job.request)
+            self._records[job.request.id] = _Record(job, batch, choice, time.monotonic())
+            self._on(
+                plan.Submitted(
+                    request=job.request.id,
+                    num_steps=job.request.num_inference_steps,
+                    latent_bytes=self._latent_bytes(job.request),
+                    helper_sets=None if choice is None else choice.helper_sets,
+                )
+            )
+
+    # -- measuring the ways to move heads: while nothing else runs, what callers say is held back
+
+    def _new_shapes(self, jobs: list[Job]) -> list[Shape]:
+        """Shapes to measure before these jobs: none while ranks are at work."""
+        if self._calibrations is None or not self._scheduler.idle:
+            return []
+        return self._calibrations.to_measure(job.request for job in jobs)
+
+    def _measure(self, shapes: list[Shape], budget_s: float) -> None:
+        self._to_measure.extend(shapes)
+        self._budget_s = budget_s
+        self._measure_next()
+
+    def _measure_next(self) -> None:
+        assert self._calibrations is not None
+        if self._to_measure:
+            self._measuring = self._to_measure.popleft()
+            rules = self._calibrations.rules
+            message = wire.Calibrate(shape=self._measuring, rules=rules, budget_s=self._budget_s)
+            for rank in (*self.topology.dit_ranks, *self._assistants):
+                self._server.send(rank, message)
+            return
+        self._measuring = None
+        self._hear_held()
+
+    def _take_calibration(self, calibration: Calibration) -> None:
+        assert self._calibrations is not None
+        self._calibrations.take(calibration)
+        if self._asked is not None:
+            self._asked.put(calibration)
+            self._asked = None
+        self._measure_next()
+
+    def _arrange(self, request: VideoRequest, choice: Choice) -> None:
+        """Tell the ranks how to lay out this request, unless that is what they do already."""
+        num_video = shape_of(self.config, self.facts, request).num_video
+        if self._arranged.get(num_video) == choice.ways:
+            return
+        self._arranged[num_video] = choice.ways
+        for rank in (*self.topology.dit_ranks, *self._assistants):
+            self._server.send(rank, wire.Arrange(num_video=num_video, arrangements=choice.ways))
 
     def _forget_cancelled(self) -> None:
         """Drop the records of cancelled requests that no rank will report about any more."""
@@ -446,6 +544,8 @@ class Engine:
                 for listener in list(self._listeners):
                     listener(message.request, message.step)
                 self._on(plan.StepDone(request=message.request, step=message.step))
+            case wire.Calibrated():
+                self._take_calibration(message.calibration)
             case wire.LatentsReady():
                 self._records[message.request].denoised = now
                 self._on(plan.Denoised(request=message.request))
@@ -466,9 +566,14 @@ class Engine:
 
     def _greet(self, rank: int, hello: wire.Hello) -> None:
         self._hosts[rank] = hello.host
+        self._devices[rank] = hello.device_name
         if hello.host != socket.gethostname():
             self._clock_offset_ns[rank] = time.monotonic_ns() - hello.clock_ns
         if len(self._hosts) == self.config.world_size:
+            if self.config.calibrates:
+                devices = [self._devices[rank] for rank in sorted(self._devices)]
+                setup = setup_of(self.config, self.facts, devices, len(set(self._hosts.values())))
+                self._calibrations = Calibrations(self.config, self.facts, setup)
             self._to_load = list(range(self.config.world_size))
             self._load_next()
 
@@ -511,13 +616,14 @@ class Engine:
     def _side_car(self, record: _Record, now: float) -> SideCar:
         request = record.job.request
         seconds = sorted(record.seconds.items())
+        chosen = {} if record.choice is None else {"chosen": record.choice.describe()}
         return SideCar(
             request=request,
             output="",
             format="latent" if record.job.result == "latents" else "mp4",
             frames_sha256=None,
             versions=versions(),
-            plan=describe_plan(self.config, self.topology),
+            plan=describe_plan(self.config, self.topology) | chosen,
             config=msgspec.to_builtins(self.config),
             stages=tuple(StageTime(stage=s, rank=r, seconds=round(t, 6)) for (s, r), t in seconds),
             queue_wait_s=round(record.queue_wait_s, 6),
@@ -547,6 +653,8 @@ class Engine:
                 self._note("stage", command.request, "encode")
             case plan.Begin():
                 assert record is not None
+                if record.choice is not None:
+                    self._arrange(record.job.request, record.choice)
                 begin = wire.BeginDenoise(
                     request=record.job.request,
                     source=self.topology.encoder_rank,
@@ -617,6 +725,8 @@ class Engine:
             return faults.Doing("start")
         if rank in self._loading:
             return faults.Doing("load")
+        if self._measuring is not None:
+            return faults.Doing("calibrate" if rank in (*self.topology.dit_ranks, *self._assistants) else "idle")
         decoding = self._scheduler.decoding_on(rank)
         if decoding is not None:
             return faults.Doing("decode", decoding)

@@ -7,6 +7,7 @@ from typing import Protocol
 import msgspec
 from torch import Tensor
 
+from dit_group.calibrate import Part
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint
 from vae_group.worker import Decoder
@@ -21,7 +22,9 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     `attention_layers` self-attention layers that exchange q, k, v and the output; `text_tokens` the longest prompt,
     in tokens; `joint_text` whether text tokens are part of the self-attention's sequence, and so of what ranks share,
-    or each rank has the whole text; `text_dim` and `pooled_dim` the widths of the conditioning, 0 where there is none.
+    or each rank has the whole text; `branches_in_batch` whether the evaluations of a step are rows of one batch;
+    `divides_rows` whether its kernels do with some of the query rows, so that leftover heads can be divided by rows;
+    `text_dim` and `pooled_dim` the widths of the conditioning, 0 where there is none.
     """
 
     family: str
@@ -31,6 +34,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     attention_layers: int
     text_tokens: int
     joint_text: bool = True
+    branches_in_batch: bool = False
+    divides_rows: bool = True
     text_dim: int = 0
     pooled_dim: int = 0
 
@@ -56,7 +61,7 @@ class TextEncoder(Protocol):
         """0 and 1 for each text token, for each evaluation of the DiT in a step."""
 
 
-class Assistant(Protocol):
+class Assistant(Part, Protocol):
     """A VAE rank's help in denoising steps; see `dit_group.assist.Assistant`."""
 
     def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:

@@ -76,6 +76,8 @@ class OpenSoraPlan:
             attention_layers=32,
             text_tokens=512,
             joint_text=False,
+            branches_in_batch=True,
+            divides_rows=False,
             text_dim=4096,
         ),
         parameters={"text_encoder": 5_655_173_120, "transformer": 2_771_981_600, "vae": 147_347_660},
@@ -128,6 +130,8 @@ class OpenSoraPlan:
             attention_layers=dit.get("num_layers", 32),
             text_tokens=512,
             joint_text=False,
+            branches_in_batch=True,
+            divides_rows=False,
             text_dim=dit.get("caption_channels", 4096),
         )
 
@@ -147,7 +151,7 @@ class OpenSoraPlan:
         for path, value, valid in (
             ("model.attention_kernel", config.model.attention_kernel, "sdpa"),
             ("attention.strategy", config.attention.strategy, "ulysses"),  # sparse layers need whole sequences
-            ("attention.balance", config.attention.balance, "heads"),
+            ("attention.balance", config.attention.fixed_balance, "heads"),
         ):
             if value != valid:
                 raise ConfigError(

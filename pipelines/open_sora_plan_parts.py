@@ -5,7 +5,8 @@ The steps are those of `pipelines.open_sora_plan`, divided between the ranks tha
 Source: Open-Sora Plan (arXiv 2412.00131); the exchange of heads is DeepSpeed-Ulysses (arXiv 2309.14509).
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -50,6 +51,7 @@ from pipelines.open_sora_plan import (
     trim_text,
 )
 from pipelines.parallel import sequence_parallel
+from videopipe.arrangement import Shape
 from videopipe.config import Config
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
@@ -147,6 +149,7 @@ class OpenSoraPlanDenoiser:
         folder = find_folders(Path(checkpoint.location)).transformer
         self.transformer = load_transformer(folder, DTYPES[config.model.dtype], runtime.device).eval()
         self._geometry = facts.geometry
+        self._text_tokens = facts.text_tokens
         self._device = runtime.device
         self._helpers: tuple[int, ...] = ()
         self._parallel: SequenceParallel | None = None
@@ -190,6 +193,33 @@ class OpenSoraPlanDenoiser:
         """From the next step on these VAE ranks take a share of the attention."""
         self._helpers = helpers
 
+    @property
+    def parallel(self) -> SequenceParallel | None:
+        """This rank's place in the DiT group; None where attention is not divided."""
+        return self._parallel
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
+        """The first block with each pattern of attention, and how many there are with it."""
+        patterns = [block.sparse for block in self.transformer.blocks()]
+        return tuple((patterns.index(pattern), count) for pattern, count in Counter(patterns).items())
+
+    def layer(self, index: int, shape: Shape) -> Callable[[], object]:
+        """Prepare to run block `index` on random tokens of this member, in the layout then in use."""
+        assert self._parallel is not None
+        config, dtype = self.transformer.config, self.transformer.dtype
+        heads, dim = config.num_attention_heads, config.attention_head_dim
+        num_video = self._parallel.sequence.video_counts[self._parallel.member]
+
+        def random(*sizes: int) -> Tensor:
+            return torch.randn(sizes, device=self._device)
+
+        tokens, modulation = (random(shape.rows, size, heads * dim).to(dtype) for size in (num_video, 6))
+        keys = random(shape.rows, self._text_tokens, heads, dim).to(dtype)
+        angles = random(num_video, dim)
+        block = self.transformer.blocks()[index]
+        return lambda: block(tokens, modulation, (angles.cos(), angles.sin()), (keys, keys))
+
     def observe(self, keep: Keep, num_blocks: int) -> AbstractContextManager[None]:
         """Within the block, steps hand whole tensors to `keep`; on every member of the DiT group."""
         return observing(self.transformer, self._parallel, keep, num_blocks)
@@ -225,6 +255,20 @@ class OpenSoraPlanAssistant:
     def step(self, request: str, helpers: tuple[int, ...]) -> None:
         """Take part in one step."""
         self._assistant.step(request, helpers)
+
+    @property
+    def parallel(self) -> SequenceParallel:
+        """This rank's place beside the DiT group."""
+        return self._assistant.parallel
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
+        """Those of the leader."""
+        return ()
+
+    def layer(self, index: int, shape: Shape) -> Callable[[], object]:
+        """Prepare to take part in attention layer `index` alone."""
+        return self._assistant.layer(index, shape.rows)
 
     def forget(self, request: str) -> None:
         """No step of this request will come any more."""

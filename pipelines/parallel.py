@@ -15,7 +15,7 @@ def sequence_parallel(config: Config, runtime: Runtime, num_heads: int) -> Seque
         strategy=config.attention.strategy,
         kernel=config.model.attention_kernel,
         heads_per_chunk=config.attention.fixed_heads_per_chunk,
-        balance=config.attention.balance,
+        balance=config.attention.fixed_balance,
         rank=runtime.rank,
         assist_groups=runtime.assist_groups,
         mesh=runtime.mesh,

@@ -33,7 +33,7 @@ from torch.distributed import FileStore
 
 from dit_group.attention import STRATEGIES, Strategy
 from dit_group.kernels import KERNELS
-from dit_group.ulysses import Balance
+from videopipe.arrangement import Balance
 from videopipe.files import write_bytes
 from videopipe.partition import JointSequence, Mesh
 from videopipe.runtime import MeshGroups, Runtime, end_runtime, start_mesh, start_runtime, synchronize
