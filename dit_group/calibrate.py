@@ -36,6 +36,9 @@ from videopipe.runtime import Runtime, synchronize
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
 PART_ROUNDS = 2
+FULL_BUDGET_LAYER_S = 0.02
+"""A shorter layer gets less than the given time, in proportion: its clips are done sooner, too."""
+
 ALIKE = 0.1
 """Helpers whose speeds differ by less stand for one another: of sets of the same size only the first is timed."""
 
@@ -281,6 +284,8 @@ class _Session:
         plain = self._rules.plain
         linear = self._work.nothing() if self._is_helper else self._work.linear()
         linear_s = self._median(self._watch.time([linear], PART_ROUNDS))[0]
+        plain_s = self._seconds([self._layer(plain)], 2)[0][1]  # the first time builds connections and warms up
+        self._budget_s *= min(1.0, plain_s / FULL_BUDGET_LAYER_S)
         timings = self._compare(ways_without_helpers(self._rules), plain, self._budget_s / 3)
         alone = self._confirmed(fastest(timings[plain], list(timings.values())[1:]).arrangement, plain)
         chosen = (alone, *self._choose_helpers(alone)) if self._rules.helper_sets else (alone,)
@@ -339,7 +344,7 @@ class _Session:
     def _compare(self, ways: Sequence[Arrangement], keep: Arrangement, budget_s: float) -> dict[Arrangement, Timing]:
         """Time these ways side by side, the plain one first: as many as the budget allows, `keep` and one more always.
 
-        The first round does not count: it builds connections and warms up.
+        The first round does not count: it warms up, and shows what the others will cost.
         """
         ways = tuple(dict.fromkeys(ways))
         runs = {way: self._layer(way) for way in ways}

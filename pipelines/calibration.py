@@ -1,107 +1,25 @@
 """Which way of moving heads each request gets: from this run's measurements, from those on disk, or the plain way."""
 
-import hashlib
-import os
-import warnings
-from collections.abc import Iterable
-from pathlib import Path
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import msgspec
-import torch
 
+from pipelines.calibration_cache import CalibrationCache, Setup
 from pipelines.families import ModelFacts, load_family
 from videopipe.arrangement import Arrangement, Calibration, Rules, Shape
 from videopipe.config import Config
-from videopipe.files import write_bytes
+from videopipe.messages import Arrange, Calibrate, ToRank
 from videopipe.partition import Mesh
 from videopipe.records import VideoRequest
 
-VERSION = 1
 BUDGET_S = 4.0
 """About how long the ranks measure before the first clip of a size; a step of such a clip runs many more layers."""
 
 MAX_SHAPES = 3
 """So many new sizes of one submission are measured; the others take the choice for the nearest one."""
-
-
-class Setup(msgspec.Struct, frozen=True, kw_only=True):
-    """What times depend on besides the shape."""
-
-    family: str
-    num_heads: int
-    head_dim: int
-    layers: int
-    dtype: str
-    kernel: str
-    attention: dict[str, str | int | bool]
-    dit_ranks: int
-    vae_ranks: int
-    hosts: int
-    devices: tuple[str, ...]
-    threads: int
-    torch: str
-
-
-class Stored(msgspec.Struct, frozen=True, kw_only=True):
-    """A file of the cache."""
-
-    version: int
-    setup: Setup
-    calibration: Calibration
-
-
-class CalibrationCache:
-    """Calibrations on disk, one JSON file for each setup and shape, so that writers never meet in one file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    @classmethod
-    def of(cls, config: Config) -> "CalibrationCache":
-        """In the configured folder, or in the user's cache folder (XDG_CACHE_HOME, else ~/.cache)."""
-        if config.attention.calibration_cache is not None:
-            return cls(Path(config.attention.calibration_cache).expanduser())
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        return cls(Path(base) / "videopipe" / "calibration")
-
-    def get(self, setup: Setup, shape: Shape) -> Calibration | None:
-        """What is stored for it, None for nothing; a file that cannot be used is told of and counts as nothing."""
-        found = self._read(self.path(setup, shape), setup)
-        return found if found is not None and found.shape == shape else None
-
-    def all(self, setup: Setup) -> list[Calibration]:
-        """Everything stored for this setup."""
-        found = (self._read(path, setup) for path in sorted(self.folder.glob(f"{_digest(setup)}-*.json")))
-        return [calibration for calibration in found if calibration is not None]
-
-    def put(self, setup: Setup, calibration: Calibration) -> None:
-        """Store, replacing what is there. A folder that cannot be written is told of: the next run measures again."""
-        stored = Stored(version=VERSION, setup=setup, calibration=calibration)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(
-                self.path(setup, calibration.shape), msgspec.json.format(msgspec.json.encode(stored), indent=1) + b"\n"
-            )
-        except OSError as error:
-            warnings.warn(f"calibration is not kept: attention.calibration_cache={self.folder}: {error}", stacklevel=2)
-
-    def path(self, setup: Setup, shape: Shape) -> Path:
-        """Where a calibration is stored."""
-        return self.folder / f"{_digest(setup)}-{shape.num_video}v-{shape.num_text}t-{shape.rows}b.json"
-
-    def _read(self, path: Path, setup: Setup) -> Calibration | None:
-        try:
-            stored = msgspec.json.decode(path.read_bytes(), type=Stored)
-        except FileNotFoundError:
-            return None
-        except (OSError, msgspec.MsgspecError) as error:
-            warnings.warn(f"calibration {path} cannot be read and will be measured again: {error}", stacklevel=2)
-            return None
-        if (stored.version, stored.setup) != (VERSION, setup):
-            warnings.warn(f"calibration {path} is for something else and will be measured again", stacklevel=2)
-            return None
-        return stored.calibration
 
 
 class Choice(msgspec.Struct, frozen=True, kw_only=True):
@@ -180,6 +98,64 @@ class Calibrations:
         return Choice(ways=self._known[near][0].chosen, source="nearest", shape=near)
 
 
+Answer = queue.SimpleQueue[Calibration | BaseException]
+
+
+class Measuring:
+    """When the ranks measure, and what they were told. One thread owns it.
+
+    Args:
+        tell: sends a message to all ranks that take part in denoising steps.
+    """
+
+    def __init__(self, calibrations: Calibrations, tell: Callable[[ToRank], None]) -> None:
+        self.calibrations = calibrations
+        self._tell = tell
+        self._shapes: deque[Shape] = deque()
+        self._budget_s = BUDGET_S
+        self._answer: Answer | None = None
+        self._arranged: dict[int, tuple[Arrangement, ...]] = {}  # by video tokens
+        self.running = False
+
+    def begin(self, shapes: Sequence[Shape], budget_s: float = BUDGET_S, answer: Answer | None = None) -> None:
+        """Measure these shapes one after the other; nothing else may run until `running` is false again.
+
+        Args:
+            budget_s: about how long each may take.
+            answer: gets the result of one shape, or the error that ends the run.
+        """
+        self._shapes.extend(shapes)
+        self._budget_s = budget_s
+        self._answer = answer
+        self._next()
+
+    def take(self, calibration: Calibration) -> None:
+        """The leader has reported."""
+        self.calibrations.take(calibration)
+        if self._answer is not None:
+            self._answer.put(calibration)
+            self._answer = None
+        self._next()
+
+    def fail(self, error: BaseException) -> None:
+        """The run has ended."""
+        if self._answer is not None:
+            self._answer.put(error)
+            self._answer = None
+
+    def arrange(self, num_video: int, ways: tuple[Arrangement, ...]) -> None:
+        """Tell the ranks how to lay out sequences of so many video tokens, unless they do so already."""
+        if self._arranged.get(num_video) != ways:
+            self._arranged[num_video] = ways
+            self._tell(Arrange(num_video=num_video, arrangements=ways))
+
+    def _next(self) -> None:
+        self.running = bool(self._shapes)
+        if self.running:
+            rules = self.calibrations.rules
+            self._tell(Calibrate(shape=self._shapes.popleft(), rules=rules, budget_s=self._budget_s))
+
+
 def rules_of(config: Config, facts: ModelFacts) -> Rules:
     """What the configuration leaves open."""
     a, members = config.attention, config.groups.dit_ranks
@@ -202,40 +178,3 @@ def shape_of(config: Config, facts: ModelFacts, request: VideoRequest) -> Shape:
     grid = facts.geometry.token_grid(request.spec, max(text, config.groups.dit_ranks) if facts.joint_text else 0)
     rows = load_family(config.model.family).evaluations(request) if facts.branches_in_batch else 1
     return Shape(num_video=grid.video, num_text=grid.text, rows=rows)
-
-
-def setup_of(config: Config, facts: ModelFacts, devices: Iterable[str], hosts: int) -> Setup:
-    """What the times of a run depend on.
-
-    Args:
-        devices: models of the ranks' devices.
-        hosts: how many machines they are in.
-    """
-    a = config.attention
-    return Setup(
-        family=facts.family,
-        num_heads=facts.num_heads,
-        head_dim=facts.head_dim,
-        layers=facts.attention_layers,
-        dtype=config.model.dtype,
-        kernel=config.model.attention_kernel,
-        attention={
-            "strategy": a.strategy,
-            "ulysses_degree": a.ulysses_degree,
-            "mesh_inside": a.mesh_inside,
-            "heads_per_chunk": a.heads_per_chunk,
-            "balance": a.balance,
-            "co_processing": a.co_processing,
-            "overlap_mlp": a.overlap_mlp,
-        },
-        dit_ranks=config.groups.dit_ranks,
-        vae_ranks=config.groups.vae_ranks,
-        hosts=hosts,
-        devices=tuple(devices),
-        threads=config.runtime.threads_per_rank,
-        torch=str(torch.__version__),
-    )
-
-
-def _digest(setup: Setup) -> str:
-    return hashlib.sha256(msgspec.json.encode(setup, order="sorted")).hexdigest()[:16]

@@ -28,12 +28,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pipelines import faults
-from pipelines.calibration import BUDGET_S, Calibrations, Choice, setup_of, shape_of
+from pipelines.calibration import BUDGET_S, Answer, Calibrations, Choice, Measuring, shape_of
+from pipelines.calibration_cache import setup_of
 from pipelines.families import ModelFacts
 from pipelines.launch import Launcher
 from videopipe import messages as wire
 from videopipe import scheduler as plan
-from videopipe.arrangement import Arrangement, Calibration, Shape
+from videopipe.arrangement import Calibration, Shape
 from videopipe.config import Config
 from videopipe.control import ControlServer
 from videopipe.handover import claim
@@ -176,13 +177,8 @@ class Engine:
         self._records: dict[str, _Record] = {}
         self._hosts: dict[int, str] = {}
         self._devices: dict[int, str] = {}
-        self._calibrations: Calibrations | None = None  # where the configuration leaves something to measure
-        self._to_measure: deque[Shape] = deque()
-        self._measuring: Shape | None = None
-        self._budget_s = BUDGET_S
-        self._asked: queue.SimpleQueue[Calibration | BaseException] | None = None
+        self._measuring: Measuring | None = None  # where the configuration leaves something to measure
         self._held: deque[tuple[str, Any]] = deque()  # what callers said and is not done, the first being done
-        self._arranged: dict[int, tuple[Arrangement, ...]] = {}  # what ranks were told, by video tokens
         self._clock_offset_ns: dict[int, int] = {}
         self._peaks: dict[int, int] = {}
         self._weights: dict[int, dict[str, int]] = {}
@@ -267,9 +263,9 @@ class Engine:
             RuntimeError: the engine is closed, or the ranks are at work.
             ValueError: the configuration leaves nothing to choose.
         """
-        if self._calibrations is None or not self._calibrations.rules.is_open:
-            raise ValueError("the configuration leaves nothing to measure")
-        answer: queue.SimpleQueue[Calibration | BaseException] = queue.SimpleQueue()
+        if self._measuring is None or not self._measuring.calibrations.rules.is_open:
+            raise ValueError("the configuration leaves nothing to measure, nearest is attention.heads_per_chunk='auto'")
+        answer: Answer = queue.SimpleQueue()
         if self._failure is not None:
             raise self._failure
         self.tell("calibrate", (shape_of(self.config, self.facts, request), budget_s, answer))
@@ -379,7 +375,7 @@ class Engine:
 
     def _say_goodbye(self) -> None:
         """Idle ranks leave in order; ranks at work are ended by the launcher right after."""
-        if not self._scheduler.idle or self._measuring is not None or not self._ready.is_set():
+        if not self._scheduler.idle or self._measures or not self._ready.is_set():
             return
         for rank in range(self.config.world_size):
             self._server.send(rank, wire.StopRank())
@@ -404,29 +400,30 @@ class Engine:
                 batches[id(argument[0])] = argument[0]
             elif what == "calibrate":
                 argument[-1].put(error)
-        if self._asked is not None:
-            self._asked.put(error)
+        if self._measuring is not None:
+            self._measuring.fail(error)
         for batch in batches.values():
             batch.put(error)
 
     def _hear_held(self) -> None:
         """Take what callers said, in order; not while ranks measure."""
-        while self._held and self._measuring is None:
+        while self._held and not self._measures:
             self._hear(*self._held[0])
             self._held.popleft()
 
     def _hear(self, what: str, argument: Any) -> None:
         match what:
             case "submit" if shapes := self._new_shapes(argument[1]):
+                assert self._measuring is not None
                 self._held.insert(1, ("admit", argument))
-                self._measure(shapes, BUDGET_S)
+                self._measuring.begin(shapes)
             case "submit" | "admit":
                 self._admit(*argument)
             case "calibrate":
                 shape, budget_s, answer = argument
+                assert self._measuring is not None
                 if self._scheduler.idle:
-                    self._asked = answer
-                    self._measure([shape], budget_s)
+                    self._measuring.begin([shape], budget_s, answer)
                 else:
                     answer.put(RuntimeError("the ranks are at work; calibrate before requests or after them"))
             case "delivered":
@@ -446,7 +443,7 @@ class Engine:
             batch.put(ValueError(f"id={known[0]!r} is already under way, give each request its own id"))
             return
         for job in jobs:
-            choice = None if self._calibrations is None else self._calibrations.choose(job.request)
+            choice = None if self._measuring is None else self._measuring.calibrations.choose(job.request)
             self._records[job.request.id] = _Record(job, batch, choice, time.monotonic())
             self._on(
                 plan.Submitted(
@@ -457,47 +454,15 @@ class Engine:
                 )
             )
 
-    # -- measuring the ways to move heads: while nothing else runs, what callers say is held back
-
     def _new_shapes(self, jobs: list[Job]) -> list[Shape]:
         """Shapes to measure before these jobs: none while ranks are at work."""
-        if self._calibrations is None or not self._scheduler.idle:
+        if self._measuring is None or not self._scheduler.idle:
             return []
-        return self._calibrations.to_measure(job.request for job in jobs)
+        return self._measuring.calibrations.to_measure(job.request for job in jobs)
 
-    def _measure(self, shapes: list[Shape], budget_s: float) -> None:
-        self._to_measure.extend(shapes)
-        self._budget_s = budget_s
-        self._measure_next()
-
-    def _measure_next(self) -> None:
-        assert self._calibrations is not None
-        if self._to_measure:
-            self._measuring = self._to_measure.popleft()
-            rules = self._calibrations.rules
-            message = wire.Calibrate(shape=self._measuring, rules=rules, budget_s=self._budget_s)
-            for rank in (*self.topology.dit_ranks, *self._assistants):
-                self._server.send(rank, message)
-            return
-        self._measuring = None
-        self._hear_held()
-
-    def _take_calibration(self, calibration: Calibration) -> None:
-        assert self._calibrations is not None
-        self._calibrations.take(calibration)
-        if self._asked is not None:
-            self._asked.put(calibration)
-            self._asked = None
-        self._measure_next()
-
-    def _arrange(self, request: VideoRequest, choice: Choice) -> None:
-        """Tell the ranks how to lay out this request, unless that is what they do already."""
-        num_video = shape_of(self.config, self.facts, request).num_video
-        if self._arranged.get(num_video) == choice.ways:
-            return
-        self._arranged[num_video] = choice.ways
-        for rank in (*self.topology.dit_ranks, *self._assistants):
-            self._server.send(rank, wire.Arrange(num_video=num_video, arrangements=choice.ways))
+    def _tell_attending(self, message: wire.ToRank) -> None:
+        for rank in self._attending:
+            self._server.send(rank, message)
 
     def _forget_cancelled(self) -> None:
         """Drop the records of cancelled requests that no rank will report about any more."""
@@ -545,7 +510,9 @@ class Engine:
                     listener(message.request, message.step)
                 self._on(plan.StepDone(request=message.request, step=message.step))
             case wire.Calibrated():
-                self._take_calibration(message.calibration)
+                assert self._measuring is not None
+                self._measuring.take(message.calibration)
+                self._hear_held()
             case wire.LatentsReady():
                 self._records[message.request].denoised = now
                 self._on(plan.Denoised(request=message.request))
@@ -573,7 +540,7 @@ class Engine:
             if self.config.calibrates:
                 devices = [self._devices[rank] for rank in sorted(self._devices)]
                 setup = setup_of(self.config, self.facts, devices, len(set(self._hosts.values())))
-                self._calibrations = Calibrations(self.config, self.facts, setup)
+                self._measuring = Measuring(Calibrations(self.config, self.facts, setup), self._tell_attending)
             self._to_load = list(range(self.config.world_size))
             self._load_next()
 
@@ -653,8 +620,9 @@ class Engine:
                 self._note("stage", command.request, "encode")
             case plan.Begin():
                 assert record is not None
-                if record.choice is not None:
-                    self._arrange(record.job.request, record.choice)
+                if self._measuring is not None and record.choice is not None:
+                    num_video = shape_of(self.config, self.facts, record.job.request).num_video
+                    self._measuring.arrange(num_video, record.choice.ways)
                 begin = wire.BeginDenoise(
                     request=record.job.request,
                     source=self.topology.encoder_rank,
@@ -713,6 +681,16 @@ class Engine:
         """VAE ranks that may be lent to denoising steps."""
         return self.topology.vae_ranks if self.config.helper_sets else ()
 
+    @property
+    def _attending(self) -> tuple[int, ...]:
+        """All ranks that may take part in denoising steps."""
+        return (*self.topology.dit_ranks, *self._assistants)
+
+    @property
+    def _measures(self) -> bool:
+        """Whether ranks measure, and nothing else may run."""
+        return self._measuring is not None and self._measuring.running
+
     def _next_transfer(self) -> int:
         self._transfer += 1
         return self._transfer
@@ -725,8 +703,8 @@ class Engine:
             return faults.Doing("start")
         if rank in self._loading:
             return faults.Doing("load")
-        if self._measuring is not None:
-            return faults.Doing("calibrate" if rank in (*self.topology.dit_ranks, *self._assistants) else "idle")
+        if self._measures:
+            return faults.Doing("calibrate" if rank in self._attending else "idle")
         decoding = self._scheduler.decoding_on(rank)
         if decoding is not None:
             return faults.Doing("decode", decoding)

@@ -54,8 +54,10 @@ class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
             parts.append("leftover heads by rows")
         if self.helpers:
             counts = None if self.head_counts is None else self.head_counts[-len(self.helpers) :]
-            shares = "equal shares" if counts is None else " + ".join(str(count) for count in counts) + " heads"
-            parts.append(f"ranks {', '.join(map(str, self.helpers))} help with {shares}")
+            shares = "equal shares" if counts is None else " + ".join(_heads(count) for count in counts)
+            several = len(self.helpers) > 1
+            ranks = ", ".join(map(str, self.helpers))
+            parts.append(f"{'ranks' if several else 'rank'} {ranks} {'help' if several else 'helps'} with {shares}")
         if self.helpers_first:
             parts.append("theirs first")
         return ", ".join(parts)
@@ -200,7 +202,12 @@ def share_heads(num_heads: int, members: int, member_s: float, helper_s: Sequenc
 
 
 def _lend(rules: Rules, alone: Arrangement, helpers: tuple[int, ...], counts: tuple[int, ...]) -> Arrangement | None:
-    """So many heads for each helper, the others for the DiT ranks; None where that relieves no DiT rank."""
+    """So many heads for each helper, the others for the DiT ranks.
+
+    None where that relieves no DiT rank, or where a helper would get nothing: the set without it is there as well.
+    """
+    if 0 in counts:
+        return None
     left = rules.num_heads - sum(counts)
     rows = rules.balance == "rows" or (rules.balance is None and left % rules.members > 0)
     own = (left // rules.members,) * rules.members if rows else split_evenly(left, rules.members)
