@@ -169,6 +169,8 @@ def ways_with_helpers(
             )
         )
     best = share_heads(rules.num_heads, rules.members, member_s, helper_s)
+    if not any(best):
+        return ()
     fewer = tuple(max(count - 1, 0) for count in best)
     half = tuple(count // 2 for count in best)
     equal = split_evenly(rules.num_heads, rules.members + len(helpers))[rules.members :]
@@ -196,7 +198,7 @@ def share_heads(num_heads: int, members: int, member_s: float, helper_s: Sequenc
     while True:
         first = min(range(len(counts)), key=lambda helper: helper_s[helper] * (counts[helper] + 1))
         left = num_heads - sum(counts)
-        if not left or helper_s[first] * (counts[first] + 1) > member_s * left / members:
+        if not left or helper_s[first] * (counts[first] + 1) >= member_s * left / members:
             return tuple(counts)
         counts[first] += 1
 
