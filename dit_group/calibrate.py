@@ -35,8 +35,8 @@ from videopipe.partition import JointSequence
 from videopipe.runtime import Runtime, synchronize
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
-PART_ROUNDS = 2
-FULL_BUDGET_LAYER_S = 0.02
+PART_ROUNDS = 1
+FULL_BUDGET_LAYER_S = 0.05
 """A shorter layer gets less than the given time, in proportion: its clips are done sooner, too."""
 
 ALIKE = 0.1
@@ -253,6 +253,10 @@ class _Workload:
         return [using(layer) for layer in self._layers]
 
 
+def _rounds(budget_s: float, round_s: float) -> int:
+    return min(max(int(budget_s / round_s), MIN_ROUNDS), MAX_ROUNDS)
+
+
 def _identity(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
     return q
 
@@ -335,10 +339,10 @@ class _Session:
         if best == reference:
             return reference
         pair = (reference, best)
-        again = [
-            Timing(arrangement=way, layer_s=seconds, ratios=())
-            for way, seconds in zip(pair, self._seconds([self._layer(way) for way in pair], MAX_ROUNDS), strict=True)
-        ]
+        runs = [self._layer(way) for way in pair]
+        round_s = 2 * self._timings[reference].layer_s[0] * len(self._weights)
+        seconds_of = self._seconds(runs, _rounds(self._budget_s / 6, round_s))
+        again = [Timing(arrangement=way, layer_s=s, ratios=()) for way, s in zip(pair, seconds_of, strict=True)]
         return fastest(again[0], again[1:]).arrangement
 
     def _compare(self, ways: Sequence[Arrangement], keep: Arrangement, budget_s: float) -> dict[Arrangement, Timing]:
@@ -347,17 +351,14 @@ class _Session:
         The first round does not count: it warms up, and shows what the others will cost.
         """
         ways = tuple(dict.fromkeys(ways))
-        runs = {way: self._layer(way) for way in ways}
-        warm_s = self._seconds(list(runs.values()), 1)
-        kept: list[Arrangement] = []
+        runs: dict[Arrangement, Sequence[Run | None]] = {}
         round_s = 0.0
-        for index, (way, (seconds,)) in enumerate(zip(ways, warm_s, strict=True)):
-            cost = seconds * len(self._weights)
-            if index < 2 or way == keep or MIN_ROUNDS * (round_s + cost) < budget_s:
-                kept.append(way)
-                round_s += cost
-        rounds = min(max(int(budget_s / round_s), MIN_ROUNDS), MAX_ROUNDS)
-        seconds_of = dict(zip(kept, self._seconds([runs[way] for way in kept], rounds), strict=True))
+        for index, way in enumerate(ways):
+            if index < 2 or way == keep or (1 + MIN_ROUNDS) * round_s * (index + 1) / index < budget_s:
+                runs[way] = self._layer(way)
+                round_s += self._seconds([runs[way]], 1)[0][0] * len(self._weights)
+        kept = list(runs)
+        seconds_of = dict(zip(kept, self._seconds(list(runs.values()), _rounds(budget_s, round_s)), strict=True))
         attention = self._watch.time([self._taking_part(way, self._work.attention) for way in kept], PART_ROUNDS)
         exchange = self._watch.time([self._taking_part(way, self._work.exchange) for way in kept], PART_ROUNDS)
         members, helpers = attention[: self._num_dit], attention[self._num_dit :]
@@ -385,7 +386,7 @@ class _Session:
         """Seconds that each member's kernel takes for a head, while all of them compute."""
         share = max(self._rules.num_heads // len(self._ranks), 1)
         way = Arrangement(helpers=self._ranks[self._num_dit :])
-        seconds = self._watch.time([self._work.heads(share, way)], 1 + PART_ROUNDS)[:, 1:]
+        seconds = self._watch.time([self._work.heads(share, way)], 3)[:, 1:]  # the first one warms up
         return [float(s) / share for s in (seconds[:, :, 0] @ self._weights).median(dim=1).values]
 
     def _seconds(self, runs: Sequence[Sequence[Run | None]], rounds: int) -> list[tuple[float, ...]]:

@@ -15,8 +15,8 @@ from videopipe.messages import Arrange, Calibrate, ToRank
 from videopipe.partition import Mesh
 from videopipe.records import VideoRequest
 
-BUDGET_S = 4.0
-"""About how long the ranks measure before the first clip of a size; a step of such a clip runs many more layers."""
+BUDGET_S = 8.0
+"""About how long the ranks measure before the first clip of a size, less where its layers are short."""
 
 MAX_SHAPES = 3
 """So many new sizes of one submission are measured; the others take the choice for the nearest one."""

@@ -76,9 +76,9 @@ def test_the_plain_way_comes_first_and_given_values_stay() -> None:
     seven = Rules(num_heads=24, members=7, choose_chunks=True, balance=None)
     assert [(way.balance, way.heads_per_chunk) for way in ways_without_helpers(seven)] == [
         ("heads", None),
+        ("rows", None),
         ("heads", 2),
         ("heads", 1),
-        ("rows", None),
         ("rows", 2),
         ("rows", 1),
     ]

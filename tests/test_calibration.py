@@ -57,7 +57,7 @@ class SleepyPart:
 
     @property
     def layer_kinds(self) -> tuple[tuple[int, int], ...]:
-        return ((0, 3), (3, 1)) if self.leads else ()
+        return ((0, 3),) if self.leads else ()
 
     def layer(self, index: int, shape: Shape) -> Callable[[], object]:
         tokens = self.parallel.sequence.counts[self.parallel.member] if self.leads else 0
@@ -111,29 +111,25 @@ def measured(num_heads: int, members: int, member_s: float, helper_s: tuple[floa
 
 
 def test_a_quick_helper_is_lent_and_gets_its_share() -> None:
-    found = measured(8, 2, 0.020, (0.020,))
+    found = measured(4, 2, 0.040, (0.004,))
     assert found.chosen[0].helpers == () and found.chosen[-1].helpers == (2,)
     counts = found.chosen[-1].head_counts
-    assert counts is not None and counts[2] in (2, 3)
+    assert counts is not None and counts[2] >= 3
     plain = found.timings[0]
     assert plain.arrangement == Arrangement() and plain.ratios == (1.0,) * len(plain.ratios)
-    assert plain.attention_s == pytest.approx(0.080, rel=0.3)  # 4 of 8 heads
+    assert plain.attention_s is not None and plain.attention_s >= 0.080  # 2 of 4 heads
     best = next(timing for timing in found.timings if timing.arrangement == found.chosen[-1])
-    assert 0.5 < best.ratio < 0.95 and best.assist_s == pytest.approx(0.020 * counts[2], rel=0.3)
+    assert best.ratio < 0.9 and best.assist_s is not None and best.assist_s >= 0.004 * counts[2]
 
 
-def test_a_slow_helper_gets_few_heads_or_is_not_lent() -> None:
-    found = measured(8, 2, 0.010, (0.150, 0.020))
-    assert all(2 not in way.helpers for way in found.chosen)  # one head of rank 2 takes longer than the whole layer
-    by_helper = {way.helpers: way.head_counts for way in found.chosen}
-    assert set(by_helper) == {(), (3,)}
-    counts = by_helper[3,]
-    assert counts is not None and counts[-1] in (1, 2)
+def test_a_slow_helper_is_not_lent() -> None:
+    found = measured(4, 2, 0.020, (0.2, 0.002))
+    assert [way.helpers for way in found.chosen] == [(), (3,)]  # a head of rank 2 takes longer than the whole layer
 
 
 def test_leftover_heads_are_divided_where_that_is_faster() -> None:
-    found = measured(5, 2, 0.030, ())
-    assert found.chosen == (Arrangement(balance="rows"),)  # 2.5 heads each in place of 3 and 2
+    found = measured(3, 2, 0.060, ())
+    assert found.chosen[0].balance == "rows"  # 1.5 heads each in place of 2 and 1
 
 
 # -- what is kept
@@ -162,8 +158,8 @@ def a_calibration(shape: Shape, *chosen: Arrangement) -> Calibration:
     return Calibration(shape=shape, linear_s=0.01, timings=(timing,), chosen=chosen or (Arrangement(),), seconds=1.0)
 
 
-def request(name: str = "clip", spec: VideoSpec = SPEC) -> VideoRequest:
-    return VideoRequest(id=name, prompt="a red fox", spec=spec, num_inference_steps=4)
+def request(name: str = "clip", spec: VideoSpec = SPEC, steps: int = 4) -> VideoRequest:
+    return VideoRequest(id=name, prompt="a red fox", spec=spec, num_inference_steps=steps)
 
 
 def known(config: Config, facts: ModelFacts, device: str = "a processor") -> Calibrations:
@@ -344,7 +340,7 @@ def test_everything_automatic_gives_the_same_clips(
         assert len(spans) == (config.world_size if source == "measured" else 0)
         for side_car in side_cars:
             chosen = side_car.plan["chosen"]
-            assert chosen["source"] == source and chosen["ways"][0]["helpers"] == []
+            assert chosen["source"] == source and not chosen["ways"][0]["helpers"]
     (file,) = tmp_path.iterdir()
     stored = msgspec.json.decode(file.read_bytes())
     plain = stored["calibration"]["timings"][0]
@@ -388,7 +384,7 @@ def test_every_choice_gives_the_same_clips(
             measuring.calibrations.take(a_calibration(shape, *ways))
             found, side_cars = latents(pipe, count=1)
             equal(found, alone)
-            assert [way["helpers"] for way in side_cars[0].plan["chosen"]["ways"]] == [list(w.helpers) for w in ways]
+            assert [way["helpers"] for way in side_cars[0].plan["chosen"]["ways"]] == [way.helpers for way in ways]
             steps = [s for s in pipe.trace.spans if s.stage == "assist" and s.request == "clip0"]
             pipe.trace.spans.clear()
             assert {span.rank for span in steps} == set(ways[-1].helpers)  # lent in all steps, and nobody else
@@ -399,13 +395,13 @@ def test_every_choice_gives_the_same_clips(
 def test_a_new_size_is_measured_when_idle_and_else_takes_the_nearest(
     tiny_checkpoint: Path, launcher: LocalLauncher, tmp_path: Path
 ) -> None:
-    sizes = [SPEC, VideoSpec(height=64, width=64, num_frames=17)]
+    other = VideoSpec(height=64, width=64, num_frames=17)
     with HunyuanVideoPipeline.start(auto_config(tiny_checkpoint, tmp_path), launcher=launcher) as pipe:
-        many = pipe.render([request(f"first{i}", sizes[0]) for i in range(6)])
-        first = next(many)  # the others go on meanwhile
-        [second] = pipe.render([request("second", sizes[1])])
-        assert len(list(many)) == 5
-        [third] = pipe.render([request("third", sizes[1])])
+        both = pipe.render([request("first"), request("long", steps=100)])
+        first = next(both)  # the other goes on meanwhile
+        [second] = pipe.render([request("second", other)])
+        assert len(list(both)) == 1
+        [third] = pipe.render([request("third", other)])
         spans = sorted((s.start_ns, s.end_ns) for s in pipe.trace.spans if s.stage == "calibrate" and s.rank == 2)
         work = sorted((s.start_ns, s.end_ns) for s in pipe.trace.spans if s.rank == 2 and s.stage != "start")
     sources = [clip.side_car.plan["chosen"]["source"] for clip in (first, second, third)]

@@ -133,7 +133,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def ways_without_helpers(rules: Rules) -> tuple[Arrangement, ...]:
-    """The plain way first, then all others worth a measurement.
+    """The plain way first, then all others worth a measurement, those in one piece before those in chunks.
 
     Chunk sizes are those that make 2, 3 and 4 chunks, and single heads.
     """
@@ -146,7 +146,7 @@ def ways_without_helpers(rules: Rules) -> tuple[Arrangement, ...]:
             cuts = sorted({-(-share // chunks) for chunks in (2, 3, 4)} | {1}, reverse=True)
             sizes += [size for size in cuts if size < share]
         found += [Arrangement(heads_per_chunk=size, balance=balance) for size in sizes]
-    return tuple(dict.fromkeys(found))
+    return tuple(sorted(dict.fromkeys(found), key=lambda way: way.heads_per_chunk != plain.heads_per_chunk))
 
 
 def ways_with_helpers(
@@ -169,7 +169,7 @@ def ways_with_helpers(
             )
         )
     best = share_heads(rules.num_heads, rules.members, member_s, helper_s)
-    if not any(best):
+    if 0 in best:  # the set without that helper is there as well
         return ()
     fewer = tuple(max(count - 1, 0) for count in best)
     half = tuple(count // 2 for count in best)
@@ -206,7 +206,7 @@ def share_heads(num_heads: int, members: int, member_s: float, helper_s: Sequenc
 def _lend(rules: Rules, alone: Arrangement, helpers: tuple[int, ...], counts: tuple[int, ...]) -> Arrangement | None:
     """So many heads for each helper, the others for the DiT ranks.
 
-    None where that relieves no DiT rank, or where a helper would get nothing: the set without it is there as well.
+    None where that relieves no DiT rank, or where a helper would get nothing.
     """
     if 0 in counts:
         return None
