@@ -82,7 +82,7 @@ class HunyuanVideoTextEncoder:
             vae=None,
             scheduler=None,
             text_encoder_2=self.clip,
-            tokenizer_2=CLIPTokenizer.from_pretrained(source, subfolder="tokenizer_2", **options),
+            tokenizer_2=_clip_tokenizer_class(checkpoint).from_pretrained(source, subfolder="tokenizer_2", **options),
         )
 
     @torch.no_grad()
@@ -114,6 +114,12 @@ class HunyuanVideoTextEncoder:
             max_sequence_length=length,
         )
         return dict(zip(names, (embeds, pooled, mask), strict=True))
+
+
+def _clip_tokenizer_class(checkpoint: Checkpoint) -> type[CLIPTokenizer] | type[PreTrainedTokenizerFast]:
+    """CLIP's own, which cuts words as CLIP does, unless the checkpoint names the class that keeps the file's rules."""
+    name = checkpoint.json("model_index.json").get("tokenizer_2", (None, None))[1]
+    return PreTrainedTokenizerFast if name == "PreTrainedTokenizerFast" else CLIPTokenizer
 
 
 class JointAttentionProcessor:

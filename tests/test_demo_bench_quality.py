@@ -182,11 +182,15 @@ def test_cases_are_parsed_and_mistakes_named() -> None:
     case = parse_case("fast:steps=8,true_cfg=3,dtype=bfloat16,damage=0.1")
     assert case == Case(name="fast", steps=8, true_cfg=3.0, dtype="bfloat16", damage=0.1)
     assert parse_case("exact") == Case(name="exact")
+    own = Case(name="own", renderer="videopipe", steps=8, overrides=("groups.dit_ranks=2", "attention.balance=rows"))
+    assert parse_case("own:steps=8,groups.dit_ranks=2,attention.balance=rows") == own
     for text, message in (
         ("x:stps=8", "'stps=8' is not key=value with a key of renderer, steps"),
         ("x:steps=many", "steps='many' is no int"),
         ("x:steps=0", "steps=0 must be at least 1, nearest is 1"),
-        ("x:renderer=magic", "renderer='magic' must be one of diffusers, vae, truth"),
+        ("x:renderer=magic", "renderer='magic' must be one of diffusers, videopipe, vae, truth"),
+        ("x:renderer=vae,groups.dit_ranks=2", "'groups.dit_ranks=2' means nothing to vae"),
+        ("x:renderer=videopipe,damage=1", "damage=1.0 needs renderer=diffusers"),
         ("x:damage=-1", "damage=-1.0 must not be negative"),
         (":steps=4", "has no name"),
     ):
@@ -245,6 +249,16 @@ def test_bench_tells_steps_guidance_damage_and_ceilings_apart(
     assert results["truth"]["accuracy"]["background"]["share"] == 1.0
     with pytest.raises(ValueError, match=r"holds no model_index\.json"):
         main([str(tmp_path)])
+
+
+def test_videopipes_own_ranks_are_a_case_like_the_others(tiny_model: Path, tmp_path: Path) -> None:
+    report = tmp_path / "quality.json"
+    cases = ["exact:steps=2", "own:steps=2,groups.dit_ranks=1,groups.vae_ranks=0", "other:steps=3,groups.vae_ranks=0"]
+    arguments = [str(tiny_model), "--prompts", "2", "--frames", "5", "--height", "32", "--width", "32", "--batch", "1"]
+    assert main([*arguments, *(a for c in cases for a in ("--case", c)), "--json", str(report)]) == 0
+    results = {r["case"]["name"]: r for r in json.loads(report.read_text())["results"]}
+    assert results["own"]["identical"] == 2  # one DiT rank is bit-equal to diffusers
+    assert results["other"]["identical"] == 0
 
 
 def test_batch_size_does_not_change_the_clips(tiny_model: Path) -> None:

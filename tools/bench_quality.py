@@ -5,7 +5,10 @@
 Each `--case NAME:key=value,...` renders the same prompts with the same noise. The first case is the reference: the
 others are compared with it clip by clip (PSNR, SSIM) and prompt by prompt (exact McNemar test of "all attributes
 right"). Two cases need no model run: `renderer=truth` shows what the detector can reach and `renderer=vae` what the
-VAE lets through. Keys: renderer, steps, guidance, true_cfg, dtype, damage; see `Case`.
+VAE lets through. Keys: renderer, steps, guidance, true_cfg, dtype, damage; see `Case`. A key with a dot is one of
+videopipe's own configuration, and has the case rendered by videopipe:
+
+    --case rows:steps=50,groups.dit_ranks=7,groups.vae_ranks=1,attention.balance=rows
 """
 
 import argparse
@@ -24,12 +27,13 @@ import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 from numpy.typing import NDArray
 
+from pipelines import HunyuanVideoPipeline as OwnHunyuanVideoPipeline
 from tools.moving_shapes import ATTRIBUTES, Detector, Scene, Split, caption, render, scene_at, score
 from videopipe.geometry import VideoSpec
 from videopipe.records import VideoRequest
 
 Frames = NDArray[np.uint8]
-RendererName = Literal["diffusers", "vae", "truth"]
+RendererName = Literal["diffusers", "videopipe", "vae", "truth"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 MAX_PSNR_DB = 100.0  # what equal clips count as
@@ -50,7 +54,8 @@ class Case:
     """One way to render.
 
     `guidance` is the embedded scale, `true_cfg` above 1 adds the unconditional branch (negative prompt ""), `damage`
-    adds Gaussian noise to every DiT weight, as a multiple of that tensor's standard deviation.
+    adds Gaussian noise to every DiT weight, as a multiple of that tensor's standard deviation. `overrides` are
+    `path=value` strings for videopipe's configuration.
     """
 
     name: str
@@ -60,6 +65,7 @@ class Case:
     true_cfg: float = 1.0
     dtype: DtypeName = "float32"
     damage: float = 0.0
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,14 +97,20 @@ def parse_case(text: str) -> Case:
         "damage": float,
     }
     values: dict[str, Any] = {}
+    overrides = []
     for item in filter(None, rest.split(",")):
         key, sign, value = item.partition("=")
+        if "." in key and sign:
+            overrides.append(item)
+            continue
         if key not in kinds or not sign:
             raise ValueError(f"case {name!r}: {item!r} is not key=value with a key of {', '.join(kinds)}")
         try:
             values[key] = kinds[key](value)
         except ValueError as error:
             raise ValueError(f"case {name!r}: {key}={value!r} is no {kinds[key].__name__}") from error
+    if overrides:
+        values = {"renderer": "videopipe", "overrides": tuple(overrides)} | values
     case = Case(name=name, **values)
     for key, allowed in (("renderer", get_args(RendererName)), ("dtype", get_args(DtypeName))):
         if getattr(case, key) not in allowed:
@@ -109,6 +121,10 @@ def parse_case(text: str) -> Case:
         raise ValueError(f"case {name!r}: steps={case.steps} must be at least 1, nearest is 1")
     if case.damage < 0:
         raise ValueError(f"case {name!r}: damage={case.damage} must not be negative, nearest is 0")
+    if case.renderer != "videopipe" and case.overrides:
+        raise ValueError(f"case {name!r}: {case.overrides[0]!r} means nothing to {case.renderer}, nearest is videopipe")
+    if case.renderer == "videopipe" and case.damage:
+        raise ValueError(f"case {name!r}: damage={case.damage} needs renderer=diffusers, nearest is 0")
     return case
 
 
@@ -195,6 +211,18 @@ def videopipe_renderer(
     return renderer
 
 
+def local_renderer(model: Path, case: Case, size: ClipSize) -> Renderer:
+    """The model directory through videopipe on ranks of this machine, as the case's overrides configure them."""
+
+    def renderer(prompts: Sequence[BenchPrompt]) -> Iterable[Frames]:
+        with OwnHunyuanVideoPipeline.from_pretrained(
+            model, overrides=case.overrides, torch_dtype=getattr(torch, case.dtype)
+        ) as pipe:
+            yield from videopipe_renderer(pipe.render, case, size)(prompts)
+
+    return renderer
+
+
 def vae_renderer(model: Path, case: Case, size: ClipSize, device: torch.device) -> Renderer:
     """The real clip of each scene through the model's VAE: the best that any denoiser could reach."""
     vae = AutoencoderKLHunyuanVideo.from_pretrained(model, subfolder="vae", dtype=getattr(torch, case.dtype))
@@ -230,6 +258,8 @@ def make_renderer(model: Path, case: Case, size: ClipSize, device: torch.device,
     """The renderer that the case names."""
     if case.renderer == "truth":
         return truth_renderer(size)
+    if case.renderer == "videopipe":
+        return local_renderer(model, case, size)
     if case.renderer == "vae":
         return vae_renderer(model, case, size, device)
     return diffusers_renderer(model, case, size, device, batch)
