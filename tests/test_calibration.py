@@ -18,7 +18,7 @@ from dit_group.attention import SequenceParallel
 from dit_group.calibrate import calibrate
 from dit_group.call import run_call
 from dit_group.kernels import sdpa
-from pipelines import HunyuanVideoPipeline, cli
+from pipelines import HunyuanVideoPipeline, OpenSoraPlanPipeline, cli
 from pipelines.calibration import Calibrations, rules_of, shape_of
 from pipelines.calibration_cache import CalibrationCache, setup_of
 from pipelines.checkpoint import Checkpoint
@@ -26,6 +26,7 @@ from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import HunyuanVideo
 from pipelines.launch import LocalLauncher
 from tests.ranks import leave, run_ranks
+from tools.tiny_open_sora_plan import make_open_sora_plan
 from videopipe.arrangement import (
     Arrangement,
     Calibration,
@@ -332,6 +333,8 @@ def test_everything_automatic_gives_the_same_clips(
     vae_ranks: int,
 ) -> None:
     config = auto_config(tiny_checkpoint, tmp_path, dit_ranks, vae_ranks)
+    stored_apart = msgspec.structs.replace(config.memory, precompute_modulation=dit_ranks == 3)
+    config = msgspec.structs.replace(config, memory=stored_apart)
     for source in ("measured", "cache"):
         with HunyuanVideoPipeline.start(config, launcher=launcher) as pipe:
             found, side_cars = latents(pipe)
@@ -348,6 +351,31 @@ def test_everything_automatic_gives_the_same_clips(
         plain["arrangement"]["head_counts"] is None
         and stored["setup"]["devices"] == [device_name(torch.device("cpu"))] * config.world_size
     )
+
+
+def test_sparse_layers_are_measured_with_their_own_kernels(launcher: LocalLauncher, tmp_path: Path) -> None:
+    checkpoint = make_open_sora_plan(tmp_path / "tiny", num_layers=6)
+    spec = VideoSpec(height=48, width=80, num_frames=9, fps=18.0)
+    clip = VideoRequest(id="clip", prompt="a red fox", spec=spec, num_inference_steps=3, guidance_scale=7.5)
+    settings = [
+        *(f"attention.{name}={value}" for name, value in AUTO.items()),
+        f"attention.calibration_cache={tmp_path / 'cache'}",
+        "output.format=latent",
+        "runtime.threads_per_rank=1",
+    ]
+    found = []
+    for dit_ranks, vae_ranks in ((1, 0), (2, 1)):
+        with OpenSoraPlanPipeline.from_pretrained(
+            checkpoint, dit_ranks=dit_ranks, vae_ranks=vae_ranks, overrides=settings, launcher=launcher
+        ) as pipe:
+            found.append(next(iter(pipe.render([clip]))))
+    error = (found[1].latents - found[0].latents).abs().max() / found[0].latents.abs().max()
+    assert float(error) < 1e-5
+    chosen = found[1].side_car.plan["chosen"]
+    assert (chosen["source"], chosen["shape"]) == ("measured", {"num_video": 45, "num_text": 0, "rows": 2})
+    (file,) = (tmp_path / "cache").iterdir()
+    timings = msgspec.json.decode(file.read_bytes())["calibration"]["timings"]
+    assert {timing["arrangement"]["balance"] for timing in timings} == {"heads"}  # they need the rows of all queries
 
 
 def every_way(config: Config, facts: ModelFacts) -> list[tuple[Arrangement, ...]]:
