@@ -10,6 +10,7 @@ A layer is a real block of the loaded DiT on random tokens, one for each kind of
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import msgspec
@@ -31,7 +32,6 @@ from videopipe.arrangement import (
     ways_with_helpers,
     ways_without_helpers,
 )
-from videopipe.partition import JointSequence
 from videopipe.runtime import Runtime, synchronize
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
@@ -173,15 +173,22 @@ class _StillCall:
 class _Workload:
     """What one member runs for a way: the whole layer, or one part of it, for each kind of layer."""
 
-    def __init__(self, part: Part, parallel: SequenceParallel, shape: Shape, kinds: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        part: Part,
+        parallel: SequenceParallel,
+        shape: Shape,
+        kinds: Sequence[tuple[int, int]],
+        with_me: Arrangement,
+    ) -> None:
         self._parallel = parallel
         self._shape = shape
-        self._sequence = JointSequence.even(shape.num_video, shape.num_text, parallel.members)
+        self._layout = self._lay_out(with_me)
         self._layers: list[Run] = []
         self._kernels: list[Kernel | None] = []  # None is the configured one
         for index, _ in kinds:
             still = _Still()
-            parallel.use(Layout(self._sequence, still))
+            parallel.use(replace(self._layout, attention=still))
             self._layers.append(part.layer(index, shape))
             self._layers[-1]()
             self._kernels.append(still.kernel)
@@ -198,7 +205,7 @@ class _Workload:
 
     def linear(self) -> list[Run | None]:
         """The layer without attention and exchange."""
-        return self._in(Layout(self._sequence, _Still()))
+        return self._in(replace(self._layout, attention=_Still()))
 
     def attention(self, way: Arrangement) -> list[Run | None]:
         """The kernel alone, on this member's heads, chunk by chunk."""
@@ -226,7 +233,7 @@ class _Workload:
 
     def _heads(self, kernel: Kernel, heads: Sequence[int], shared: int, rows: int) -> Run:
         B, _, _, D = self._query.shape
-        q = self._query.new_ones((B, sum(self._sequence.counts), max((*heads, shared, 1)), D)).normal_()
+        q = self._query.new_ones((B, sum(self._layout.sequence.counts), max((*heads, shared, 1)), D)).normal_()
 
         def run() -> None:
             for count in heads:
@@ -280,7 +287,8 @@ class _Session:
         kinds = self._watch.follow(part.layer_kinds)
         total = sum(count for _, count in kinds)
         self._weights = torch.tensor([count / total for _, count in kinds], dtype=torch.float64)
-        self._work = _Workload(part, part.parallel, shape, kinds)
+        with_me = Arrangement(helpers=helpers if self._is_helper else ())
+        self._work = _Workload(part, part.parallel, shape, kinds, with_me)
         self._timings: dict[Arrangement, Timing] = {}
 
     def calibrate(self) -> Calibration:
