@@ -4,7 +4,7 @@ Source: attention co-processing (Aco) of PipeDiT (arXiv 2511.12056). A helper is
 tokens and some heads; it makes the same calls as the others.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,7 +45,7 @@ class Assistant:
         device: torch.device,
         halves: Sequence[SequenceParallel] = (),
     ) -> None:
-        self._parallel = parallel
+        self.parallel = parallel
         self._halves = tuple(halves)
         self._kernels = tuple(kernels)
         self._nothing = torch.empty((1, 0, parallel.num_heads, head_dim), dtype=dtype, device=device)
@@ -75,7 +75,7 @@ class Assistant:
         assisted = self._requests[request]
         layouts = self._layouts.get((request, helpers))
         if layouts is None:
-            views = self._halves if assisted.halved else [self._parallel] * len(assisted.text_masks)
+            views = self._halves if assisted.halved else [self.parallel] * len(assisted.text_masks)
             layouts = [
                 view.lay_out(assisted.num_video, mask.shape[1], mask, helpers)
                 for view, mask in zip(views, assisted.text_masks, strict=True)
@@ -87,6 +87,11 @@ class Assistant:
             order = [(layout, kernel) for kernel in self._kernels for layout in layouts]
         for layout, kernel in order:
             run_call(layout.attention.begin(kernel), nothing, nothing, nothing)
+
+    def layer(self, index: int, rows: int) -> Callable[[], object]:
+        """Prepare to take part in attention layer `index` alone, in the layout then in use."""
+        kernel, nothing = self._kernels[index], self._nothing.expand(rows, -1, -1, -1)
+        return lambda: run_call(self.parallel.begin(kernel), nothing, nothing, nothing)
 
     def forget(self, request: str) -> None:
         """No step of this request will come any more."""

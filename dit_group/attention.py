@@ -1,10 +1,11 @@
 """Attention over a sharded sequence. How q, k, v travel (strategy) and what computes them (kernel) are two choices."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -12,9 +13,10 @@ from torch import Tensor
 from dit_group.call import AttentionCall, run_call
 from dit_group.kernels import KERNELS, Kernel
 from dit_group.ring import Ring
-from dit_group.ulysses import Balance, Ulysses
+from dit_group.ulysses import Ulysses
 from dit_group.usp import Usp
 from dit_group.xfuser import Xfuser
+from videopipe.arrangement import Arrangement, Balance
 from videopipe.exchange import Buffers
 from videopipe.partition import JointSequence
 from videopipe.runtime import MeshGroups
@@ -102,12 +104,24 @@ class SequenceParallel:
         self.num_heads = num_heads
         self._strategy = STRATEGIES[strategy]
         self._kernel = KERNELS[kernel]
-        self._heads_per_chunk = heads_per_chunk
-        self._balance: Balance = balance
+        self._given = Arrangement(heads_per_chunk=heads_per_chunk, balance=balance)
+        self._chosen: dict[int, dict[tuple[int, ...], Arrangement]] = {}
         self._more: dict[str, Any] = {"mesh": mesh} if strategy == "usp" else {}
         self.branch = branch
         self._current: Layout | None = None
         self._buffers: weakref.ref[Buffers] | None = None  # lives as long as some layout does
+
+    def arrange(self, num_video: int, arrangements: Iterable[Arrangement]) -> None:
+        """Lay out sequences of so many video tokens in these ways from now on, each for its set of helpers.
+
+        All members and helpers are told the same at the same point of their commands.
+        """
+        self._chosen[num_video] = {arrangement.helpers: arrangement for arrangement in arrangements}
+
+    def arrangement(self, num_video: int, helpers: tuple[int, ...] = ()) -> Arrangement:
+        """How a sequence of so many video tokens is laid out over the members and these helpers."""
+        given = msgspec.structs.replace(self._given, helpers=helpers)
+        return self._chosen.get(num_video, {}).get(helpers, given)
 
     def lay_out(
         self, num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
@@ -118,6 +132,13 @@ class SequenceParallel:
             text_mask: bool [B, num_text], False for padded tokens; None where all are valid.
             helpers: VAE ranks that own no token and take their share of the heads; the key of one of `assist_groups`.
         """
+        return self.lay_out_as(self.arrangement(num_video, helpers), num_video, num_text, text_mask)
+
+    def lay_out_as(
+        self, arrangement: Arrangement, num_video: int, num_text: int, text_mask: Tensor | None = None
+    ) -> Layout:
+        """As `lay_out`, in a given way."""
+        helpers = arrangement.helpers
         sequence = JointSequence.even(num_video, num_text, self.members)
         key_mask = None
         if text_mask is not None and not bool(text_mask.all()):
@@ -134,10 +155,12 @@ class SequenceParallel:
             num_heads=self.num_heads,
             kernel=self._kernel,
             key_mask=key_mask,
-            heads_per_chunk=self._heads_per_chunk,
-            balance=self._balance,
+            heads_per_chunk=arrangement.heads_per_chunk,
+            balance=arrangement.balance,
+            head_counts=arrangement.head_counts,
             buffers=buffers,
             **self._more,
+            **({"helpers_first": True} if arrangement.helpers_first else {}),
         )
         return Layout(sequence, attention, self._group, self._member, self.branch)
 

@@ -72,6 +72,11 @@ class PrecomputedModulation:
                 row.append(nn.functional.linear(embedding, weight, bias))
         return ModulationTable(rows)
 
+    def blank(self, device: torch.device) -> ModulationTable:
+        """Zeros for one step, to run layers of the model for their time alone; no weight is looked at."""
+        row = [torch.zeros((1, layer.out_features), dtype=layer.weight.dtype, device=device) for layer in self._layers]
+        return ModulationTable([row])
+
     def use(self, table: ModulationTable, step: int) -> None:
         """The model is about to be called for this branch and step."""
         self._table = table

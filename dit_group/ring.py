@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dit_group.call import run_call
 from dit_group.kernels import Kernel, KernelWithLse, kernel_with_lse, merge_partial
-from dit_group.ulysses import Balance, refuse_divided_heads
+from dit_group.ulysses import refuse_divided_heads
+from videopipe.arrangement import Balance
 from videopipe.exchange import Buffers, Group, PendingExchange, start_take_from_previous
 from videopipe.partition import offsets
 

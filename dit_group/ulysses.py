@@ -5,16 +5,13 @@ generalised from one head to chunks of heads. The paper repairs the order of hea
 cut into chunks in global order before the exchange, so the results concatenate in the right order by themselves.
 """
 
-from typing import Literal
-
 from torch import Tensor
 
 from dit_group.call import run_call
 from dit_group.kernels import Kernel
+from videopipe.arrangement import Balance
 from videopipe.exchange import Buffers, Exchange, Group, PendingExchange, start_gather_tokens
 from videopipe.partition import Partition, split_evenly
-
-Balance = Literal["heads", "rows"]
 
 
 def refuse_divided_heads(
@@ -63,6 +60,9 @@ class Ulysses:
             heads, and of the N % n heads left over each member computes its own query rows: their keys and values are
             gathered, their queries and outputs do not travel, and all members do the same amount of work.
         head_counts: whole heads of each member, where they shall not be equal; zero for members that only bring tokens.
+            With `rows` they may leave heads over, which are divided by query rows.
+        helpers_first: the heads of members without tokens travel and compute as the first chunk, so that those members
+            begin while the others still exchange among themselves.
         early_chunks: chunks whose v and k leave as soon as they are projected; the others follow chunk by chunk after
             the early ones' q, so that the first chunk does not wait for all of v and k. None for half of them; see
             `early_chunks`.
@@ -83,6 +83,7 @@ class Ulysses:
         heads_per_chunk: int | None = None,
         balance: Balance = "heads",
         head_counts: tuple[int, ...] | None = None,
+        helpers_first: bool = False,
         early_chunks: int | None = None,
         buffers: Buffers | None = None,
         collective_kernel: bool = False,
@@ -98,15 +99,21 @@ class Ulysses:
         self.collective_kernel = collective_kernel
         self.buffers = Buffers() if buffers is None else buffers
         whole = num_heads if balance == "heads" else num_heads // members * members
-        self.shared_heads = slice(whole, num_heads)
         left = split_evenly(whole, members) if head_counts is None else head_counts
-        assert sum(left) == whole, (left, whole, num_heads, balance)
+        whole = sum(left)
+        assert whole <= num_heads if balance == "rows" else whole == num_heads, (left, num_heads, balance)
+        self.shared_heads = slice(whole, num_heads)
+        parts: list[tuple[int, ...]] = []
+        if helpers_first:
+            parts.append(tuple(0 if tokens else n for n, tokens in zip(left, token_counts, strict=True)))
+            left = tuple(n if tokens else 0 for n, tokens in zip(left, token_counts, strict=True))
         num_chunks = min(max(left), 1) if heads_per_chunk is None else -(-max(left) // heads_per_chunk)
         # of nearly equal sizes, the smaller ones first: the sooner the first chunk has come, the less time is idle
         shares = [split_evenly(n, num_chunks)[::-1] for n in left] if num_chunks else []
+        parts += zip(*shares, strict=True)
         self.chunks: list[tuple[slice, Exchange]] = []
         start = 0
-        for counts in zip(*shares, strict=True):
+        for counts in filter(any, parts):
             heads = slice(start, start + sum(counts))
             self.chunks.append((heads, Exchange(group, Partition(token_counts, counts), member, self.buffers)))
             start = heads.stop

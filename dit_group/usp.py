@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dit_group.kernels import Kernel
 from dit_group.ring import Ring
-from dit_group.ulysses import Balance, Ulysses, UlyssesCall
+from dit_group.ulysses import Ulysses, UlyssesCall
+from videopipe.arrangement import Balance
 from videopipe.exchange import Buffers, Subset
 from videopipe.partition import offsets
 from videopipe.runtime import MeshGroups

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dit_group.call import run_call
 from dit_group.kernels import Kernel
-from dit_group.ulysses import Balance, refuse_divided_heads
+from dit_group.ulysses import refuse_divided_heads
+from videopipe.arrangement import Balance
 from videopipe.exchange import Buffers
 
 

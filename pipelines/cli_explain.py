@@ -1,4 +1,4 @@
-"""`videopipe explain`: what a configuration means, before anything is started or loaded."""
+"""`videopipe explain`: what a configuration means, and with `--calibrate` what its ranks measure."""
 
 from typing import Annotated
 
@@ -28,9 +28,15 @@ def explain(
     dit_ranks: DitRanksOption = None,
     vae_ranks: VaeRanksOption = None,
     overrides: SetOption = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Start the ranks, measure what is 'auto', keep it, show the times.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object in place of text.")] = False,
 ) -> None:
-    """Resolved configuration, rank map, tokens and heads of each rank, traffic in bytes, weights; starts nothing."""
+    """Resolved configuration, rank map, tokens and heads of each rank, traffic in bytes, weights, stored times.
+
+    Starts nothing without --calibrate.
+    """
     flags = {
         "model.weights": model,
         "request.height": height,
@@ -40,11 +46,15 @@ def explain(
         "groups.dit_ranks": dit_ranks,
         "groups.vae_ranks": vae_ranks,
     }
+    from pipelines.explain import explain_config
+    from pipelines.faults import RankError
+
     try:
         resolved = resolve_config(config, overrides or (), flags)
-        from pipelines.explain import explain_config
 
-        explanation = explain_config(resolved)
+        explanation = explain_config(resolved, calibrate)
+    except RankError as error:
+        raise CommandError(str(error), 1) from error
     except (ValueError, OSError) as error:
         raise CommandError(str(error), 2) from error
     typer.echo(explanation.to_json() if as_json else explanation.render_text())

@@ -333,7 +333,7 @@ def _render_into(
     if trace is not None:
         lines.append(f"trace: {trace} (open it at https://ui.perfetto.dev)")
     rendering = Trace(pipe.trace.rank_names)  # starting and loading would drown what the groups did
-    rendering.add(span for span in pipe.trace.spans if span.stage not in ("start", "load"))
+    rendering.add(span for span in pipe.trace.spans if span.stage not in ("start", "load", "calibrate"))
     lines.append(rendering.summary().render_text())
     return "\n".join(lines)
 

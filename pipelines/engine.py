@@ -14,7 +14,7 @@ import shutil
 import socket
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -28,11 +28,14 @@ from torch import Tensor
 
 from pipelines import faults
 from pipelines.batch import Batch, Finished, FramesListener, Job
+from pipelines.calibration import BUDGET_S, Answer, Calibrations, Choice, Measuring, shape_of
+from pipelines.calibration_cache import setup_of
 from pipelines.delivery import Deliveries
 from pipelines.families import ModelFacts
 from pipelines.launch import Launcher
 from videopipe import messages as wire
 from videopipe import scheduler as plan
+from videopipe.arrangement import Calibration, Shape
 from videopipe.config import Config
 from videopipe.control import ControlServer
 from videopipe.handover import ArrivingClip, write_rows
@@ -67,9 +70,10 @@ class Closable(Protocol):
 class _Record:
     """What the engine notes about one request under way."""
 
-    def __init__(self, job: Job, batch: Batch, now: float) -> None:
+    def __init__(self, job: Job, batch: Batch, choice: Choice | None, now: float) -> None:
         self.job = job
         self.batch = batch
+        self.choice = choice
         self.submitted = now
         self.denoised = now
         self.queue_wait_s = 0.0
@@ -114,6 +118,9 @@ class Engine:
         self._records: dict[str, _Record] = {}
         self._deliveries = Deliveries(config, send=server.send, delivered=self._on_disk, note_spans=self._note_spans)
         self._hosts: dict[int, str] = {}
+        self._devices: dict[int, str] = {}
+        self._measuring: Measuring | None = None  # where the configuration leaves something to measure
+        self._held: deque[tuple[str, Any]] = deque()  # what callers said and is not done, the first being done
         self._clock_offset_ns: dict[int, int] = {}
         self._peaks: dict[int, int] = {}
         self._weights: dict[int, dict[str, int]] = {}
@@ -192,6 +199,25 @@ class Engine:
 
     def _latent_bytes(self, request: VideoRequest) -> int:
         return 4 * math.prod(self.facts.geometry.latent_shape(request.spec))  # float32
+
+    def calibrate(self, request: VideoRequest, budget_s: float = BUDGET_S) -> Calibration:
+        """Measure the ways of moving heads for this request's size, whatever is known, and keep the result.
+
+        Raises:
+            RankError: a rank was lost.
+            RuntimeError: the engine is closed, or the ranks are at work.
+            ValueError: the configuration leaves nothing to choose.
+        """
+        if self._measuring is None or not self._measuring.calibrations.rules.is_open:
+            raise ValueError("the configuration leaves nothing to measure, nearest is attention.heads_per_chunk='auto'")
+        answer: Answer = queue.SimpleQueue()
+        if self._failure is not None:
+            raise self._failure
+        self.tell("calibrate", (shape_of(self.config, self.facts, request), budget_s, answer))
+        result = answer.get()
+        if isinstance(result, BaseException):
+            raise result
+        return result
 
     def tell(self, what: str, argument: Any = None) -> None:
         """Hand something to the engine's thread."""
@@ -287,7 +313,8 @@ class Engine:
                 if what == "close":
                     self._say_goodbye()
                     return
-                self._hear(what, argument)
+                self._held.append((what, argument))  # an error finds it there
+                self._hear_held()
             now = time.monotonic()
             self._deliveries.look(now)
             for news in self._launcher.ended():
@@ -301,7 +328,7 @@ class Engine:
 
     def _say_goodbye(self) -> None:
         """Idle ranks leave in order; ranks at work are ended by the launcher right after."""
-        if not self._scheduler.idle or not self._ready.is_set():
+        if not self._scheduler.idle or self._measures or not self._ready.is_set():
             return
         for rank in range(self.config.world_size):
             self._server.send(rank, wire.StopRank())
@@ -324,31 +351,38 @@ class Engine:
         batches = {id(record.batch): record.batch for record in self._records.values()}
         batches |= {id(batch): batch for batch in self._deliveries.batches}
         while not self._inbox.empty():
-            what, argument = self._inbox.get()
-            if what == "submit":
+            self._held.append(self._inbox.get())
+        for what, argument in self._held:
+            if what in ("submit", "admit"):
                 batches[id(argument[0])] = argument[0]
+            elif what == "calibrate":
+                argument[-1].put(error)
+        if self._measuring is not None:
+            self._measuring.fail(error)
         for batch in batches.values():
             batch.put(error)
 
+    def _hear_held(self) -> None:
+        """Take what callers said, in order; not while ranks measure."""
+        while self._held and not self._measures:
+            self._hear(*self._held[0])
+            self._held.popleft()
+
     def _hear(self, what: str, argument: Any) -> None:
         match what:
-            case "submit":
-                batch, jobs = argument
-                known = [job.request.id for job in jobs if self._scheduler.knows(job.request.id)]
-                if known:
-                    batch.put(ValueError(f"id={known[0]!r} is already under way, give each request its own id"))
-                    return
-                if any(job.is_written for job in jobs):
-                    self._deliveries.prepare()
-                for job in jobs:
-                    self._records[job.request.id] = _Record(job, batch, time.monotonic())
-                    self._on(
-                        plan.Submitted(
-                            request=job.request.id,
-                            num_steps=job.request.num_inference_steps,
-                            latent_bytes=self._latent_bytes(job.request),
-                        )
-                    )
+            case "submit" if shapes := self._new_shapes(argument[1]):
+                assert self._measuring is not None
+                self._held.insert(1, ("admit", argument))
+                self._measuring.begin(shapes)
+            case "submit" | "admit":
+                self._admit(*argument)
+            case "calibrate":
+                shape, budget_s, answer = argument
+                assert self._measuring is not None
+                if self._scheduler.idle:
+                    self._measuring.begin([shape], budget_s, answer)
+                else:
+                    answer.put(RuntimeError("the ranks are at work; calibrate before requests or after them"))
             case "delivered":
                 self._on(plan.Delivered(request=argument))
             case "cancel":
@@ -362,6 +396,35 @@ class Engine:
                     self._deliveries.cancel(job.request.id, batch)
                 else:  # finished, and nobody took it
                     self._on(plan.Delivered(request=job.request.id))
+
+    def _admit(self, batch: Batch, jobs: list[Job]) -> None:
+        known = [job.request.id for job in jobs if self._scheduler.knows(job.request.id)]
+        if known:
+            batch.put(ValueError(f"id={known[0]!r} is already under way, give each request its own id"))
+            return
+        if any(job.is_written for job in jobs):
+            self._deliveries.prepare()
+        for job in jobs:
+            choice = None if self._measuring is None else self._measuring.calibrations.choose(job.request)
+            self._records[job.request.id] = _Record(job, batch, choice, time.monotonic())
+            self._on(
+                plan.Submitted(
+                    request=job.request.id,
+                    num_steps=job.request.num_inference_steps,
+                    latent_bytes=self._latent_bytes(job.request),
+                    helper_sets=None if choice is None else choice.helper_sets,
+                )
+            )
+
+    def _new_shapes(self, jobs: list[Job]) -> list[Shape]:
+        """Shapes to measure before these jobs: none while ranks are at work."""
+        if self._measuring is None or not self._scheduler.idle:
+            return []
+        return self._measuring.calibrations.to_measure(job.request for job in jobs)
+
+    def _tell_attending(self, message: wire.ToRank) -> None:
+        for rank in self._attending:
+            self._server.send(rank, message)
 
     def _forget_cancelled(self) -> None:
         """Drop the records of cancelled requests that no rank will report about any more."""
@@ -408,6 +471,10 @@ class Engine:
                 for listener in list(self._listeners):
                     listener(message.request, message.step)
                 self._on(plan.StepDone(request=message.request, step=message.step))
+            case wire.Calibrated():
+                assert self._measuring is not None
+                self._measuring.take(message.calibration)
+                self._hear_held()
             case wire.LatentsReady():
                 self._records[message.request].denoised = now
                 self._on(plan.Denoised(request=message.request))
@@ -433,9 +500,14 @@ class Engine:
 
     def _greet(self, rank: int, hello: wire.Hello) -> None:
         self._hosts[rank] = hello.host
+        self._devices[rank] = hello.device_name
         if hello.host != socket.gethostname():
             self._clock_offset_ns[rank] = time.monotonic_ns() - hello.clock_ns
         if len(self._hosts) == self.config.world_size:
+            if self.config.calibrates:
+                devices = [self._devices[rank] for rank in sorted(self._devices)]
+                setup = setup_of(self.config, self.facts, devices, len(set(self._hosts.values())))
+                self._measuring = Measuring(Calibrations(self.config, self.facts, setup), self._tell_attending)
             self._to_load = list(range(self.config.world_size))
             self._load_next()
 
@@ -501,13 +573,14 @@ class Engine:
     def _side_car(self, record: _Record, now: float) -> SideCar:
         request = record.job.request
         seconds = sorted(record.seconds.items())
+        chosen = {} if record.choice is None else {"chosen": record.choice.describe()}
         return SideCar(
             request=request,
             output="",
             format="latent" if record.job.result == "latents" else "mp4",
             frames_sha256=None,
             versions=versions(),
-            plan=describe_plan(self.config, self.topology),
+            plan=describe_plan(self.config, self.topology) | chosen,
             config=msgspec.to_builtins(self.config),
             stages=tuple(StageTime(stage=s, rank=r, seconds=round(t, 6)) for (s, r), t in seconds),
             queue_wait_s=round(record.queue_wait_s, 6),
@@ -537,6 +610,9 @@ class Engine:
                 self._note("stage", command.request, "encode")
             case plan.Begin():
                 assert record is not None
+                if self._measuring is not None and record.choice is not None:
+                    num_video = shape_of(self.config, self.facts, record.job.request).num_video
+                    self._measuring.arrange(num_video, record.choice.ways)
                 begin = wire.BeginDenoise(
                     request=record.job.request,
                     source=self.topology.encoder_rank,
@@ -606,6 +682,16 @@ class Engine:
         """VAE ranks that may be lent to denoising steps."""
         return self.topology.vae_ranks if self.config.helper_sets else ()
 
+    @property
+    def _attending(self) -> tuple[int, ...]:
+        """All ranks that may take part in denoising steps."""
+        return (*self.topology.dit_ranks, *self._assistants)
+
+    @property
+    def _measures(self) -> bool:
+        """Whether ranks measure, and nothing else may run."""
+        return self._measuring is not None and self._measuring.running
+
     def _next_transfer(self) -> int:
         self._transfer += 1
         return self._transfer
@@ -618,6 +704,8 @@ class Engine:
             return faults.Doing("start")
         if rank in self._loading:
             return faults.Doing("load")
+        if self._measures:
+            return faults.Doing("calibrate" if rank in self._attending else "idle")
         decoding = self._scheduler.decoding_on(rank)
         if decoding is not None:
             return faults.Doing("decode", decoding)

@@ -6,9 +6,12 @@ from typing import Any
 import msgspec
 import torch
 
+from pipelines import explain_calibration
+from pipelines.calibration import Choice
 from pipelines.checkpoint import Checkpoint, CheckpointUnreachableError
 from pipelines.engine import describe_plan, make_topology
 from pipelines.families import Family, ModelFacts, load_family
+from videopipe.arrangement import Calibration
 from videopipe.config import Config, to_toml
 from videopipe.geometry import TokenGrid, VideoSpec
 from videopipe.partition import JointSequence, Mesh, Partition, ring_bytes, split_evenly
@@ -65,7 +68,11 @@ class ClipPlan(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """What `videopipe explain` tells. `sizes_from` says where the model's sizes come from."""
+    """What `videopipe explain` tells. `sizes_from` says where the model's sizes come from.
+
+    `choice` and `calibration`: how heads travel where something about it is measured, else None; the latter None as
+    well where nothing is stored.
+    """
 
     config: Config
     plan: dict[str, Any]
@@ -74,6 +81,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     attention_layers: int
     ranks: tuple[RankPlan, ...]
     clip: ClipPlan
+    choice: Choice | None = None
+    calibration: Calibration | None = None
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -126,6 +135,8 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
             f"conditioning  {_bytes(clip.conditioning_bytes)} per clip, text encoder to DiT ranks",
             f"latents       {_bytes(clip.latent_bytes)} per clip, leader to decoding rank",
         ]
+        if self.choice is not None:
+            lines += explain_calibration.render(self.choice, self.calibration)
         return "\n".join(lines)
 
     def _guidance(self) -> list[str]:
@@ -149,14 +160,16 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
         ]
 
 
-def explain_config(config: Config) -> Explanation:
+def explain_config(config: Config, calibrate: bool = False) -> Explanation:
     """Explain a resolved configuration for the request size that it names.
 
-    Only JSON files and headers of the checkpoint are read. A hub checkpoint that is neither in the local cache nor
-    reachable is explained by the published sizes of its family, and the explanation says so.
+    Only JSON files and headers of the checkpoint are read, unless `calibrate` starts the ranks and measures. A hub
+    checkpoint that is neither in the local cache nor reachable is explained by the published sizes of its family, and
+    the explanation says so.
 
     Raises:
-        ValueError: a size that this model cannot render, or a checkpoint of another kind.
+        ValueError: a size that this model cannot render, a checkpoint of another kind, or nothing to measure.
+        RankError: a rank was lost while measuring.
     """
     family = load_family(config.model.family)
     facts, sizes_from, published = _facts(config, family)
@@ -249,6 +262,9 @@ def explain_config(config: Config) -> Explanation:
         halved=halved,
         step_bytes_otherwise=otherwise,
     )
+    if calibrate:
+        explain_calibration.measure(config, request)
+    choice, calibration = explain_calibration.stored(config, facts, request) or (None, None)
     return Explanation(
         config=config,
         plan=describe_plan(config, topology),
@@ -257,6 +273,8 @@ def explain_config(config: Config) -> Explanation:
         attention_layers=facts.attention_layers,
         ranks=tuple(ranks),
         clip=clip,
+        choice=choice,
+        calibration=calibration,
     )
 
 

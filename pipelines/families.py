@@ -20,10 +20,10 @@ from videopipe.runtime import DTYPES, Runtime
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What the checkpoint's config files alone tell, before any weight is read.
 
-    `attention_layers` self-attention layers that exchange q, k, v and the output; `text_tokens` the longest prompt, in
-    tokens; `joint_text` whether text tokens are part of the self-attention's sequence, and so of what ranks share, or
-    each rank has the whole text; `sparse_n` groups of tokens that sparse layers keep apart; `text_dim` and `pooled_dim`
-    the widths of the conditioning, 0 where there is none.
+    `attention_layers` self-attention layers that exchange q, k, v and the output; `text_tokens` the longest prompt,
+    in tokens; `joint_text` whether text tokens are part of the self-attention's sequence, and so of what ranks share,
+    or each rank has the whole text; `sparse_n` groups of tokens that sparse layers keep apart; `text_dim` and
+    `pooled_dim` the widths of the conditioning, 0 where there is none.
     """
 
     family: str

@@ -4,7 +4,7 @@ Source: HunyuanVideo (arXiv 2412.03603) as implemented by diffusers' `HunyuanVid
 same, divided between the ranks that own each part.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +43,7 @@ from pipelines.parallel import both_halves, decode_team, own_half, sequence_para
 from vae_group.decode import to_frames
 from vae_group.memory import bytes_at_hand, bytes_needed
 from vae_group.team import Part, PartDecoder, Team
+from videopipe.arrangement import Shape
 from videopipe.config import Config, DecodeConfig
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
@@ -378,6 +379,37 @@ class HunyuanVideoDenoiser:
         """From the next step on these VAE ranks take a share of the attention."""
         self._helpers = helpers
 
+    @property
+    def parallel(self) -> SequenceParallel | None:
+        """This rank's place in the DiT group; None where attention is not divided."""
+        return self._parallel
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
+        """The first dual-stream and the first single-stream block, and how many there are of each."""
+        dual, single = len(self.transformer.transformer_blocks), len(self.transformer.single_transformer_blocks)
+        return tuple(kind for kind in ((0, dual), (dual, single)) if kind[1])
+
+    def layer(self, index: int, shape: Shape) -> Callable[[], object]:
+        """Prepare to run block `index` on random tokens of this member, in the layout then in use."""
+        assert self._parallel is not None
+        dtype, device, config = self.transformer.dtype, self._device, self.transformer.config
+        member, sequence, dim = self._parallel.member, self._parallel.sequence, config.attention_head_dim
+        num_video, num_text = sequence.video_counts[member], sequence.text_counts[member]
+        width = config.num_attention_heads * dim
+        tokens = torch.randn((shape.rows, num_video + num_text + 1, width), device=device).to(dtype)
+        angles = torch.rand((num_video, dim), device=device)
+        block = (*self.transformer.transformer_blocks, *self.transformer.single_transformer_blocks)[index]
+        blank = None if self._modulation is None else self._modulation.blank(device)
+
+        def run() -> object:
+            if self._modulation is not None and blank is not None:
+                self._modulation.use(blank, 0)
+            video, text, embedding = tokens.split((num_video, num_text, 1), dim=1)
+            return block(video, text, embedding[:, 0], None, (angles.cos(), angles.sin()))
+
+        return run
+
     def observe(self, keep: Keep, num_blocks: int) -> AbstractContextManager[None]:
         """Within the block, steps hand whole tensors to `keep`; on every member of the DiT group."""
         return observing(self.transformer, self._parallel, self._geometry, keep, num_blocks)
@@ -449,6 +481,20 @@ class HunyuanVideoAssistant:
     def step(self, request: str, helpers: tuple[int, ...]) -> None:
         """Take part in one step."""
         self._assistant.step(request, helpers)
+
+    @property
+    def parallel(self) -> SequenceParallel:
+        """This rank's place beside the DiT group."""
+        return self._assistant.parallel
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
+        """Those of the leader."""
+        return ()
+
+    def layer(self, index: int, shape: Shape) -> Callable[[], object]:
+        """Prepare to take part in attention layer `index` alone."""
+        return self._assistant.layer(index, shape.rows)
 
     def forget(self, request: str) -> None:
         """No step of this request will come any more."""

@@ -235,7 +235,7 @@ class GroupParallel(SequenceParallel):
             num_heads=self.num_heads,
             kernel=kernel,
             key_mask=None,
-            heads_per_chunk=self._heads_per_chunk,
+            heads_per_chunk=self._given.heads_per_chunk,
             head_counts=heads,
         )
 

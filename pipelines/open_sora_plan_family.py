@@ -169,6 +169,12 @@ class OpenSoraPlan:
                     f"{path}={value!r} does not go with the skip-sparse attention of "
                     f"model.family='open-sora-plan', nearest is {valid!r}"
                 )
+        for name, plain in (("heads_per_chunk", "all"), ("co_processing", "off")):
+            if getattr(config.attention, name) == "auto":
+                raise ConfigError(
+                    f"attention.{name}='auto' is not measured for model.family='open-sora-plan', whose groups of "
+                    f"tokens are dealt out by bytes; nearest is {plain!r}"
+                )
         if config.memory.precompute_modulation:
             raise ConfigError(
                 "memory.precompute_modulation=true: model.family='open-sora-plan' has one small modulation layer for "

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from dit_group.calibrate import Part, calibrate
 from dit_group.worker import DitWorker
 from pipelines.checkpoint import Checkpoint
 from pipelines.families import Assistant, TextEncoder, load_family
@@ -27,8 +28,11 @@ from vae_group.worker import VaeWorker
 from videopipe.control import ControlClient
 from videopipe.messages import (
     AbandonRequest,
+    Arrange,
     AssistStep,
     BeginDenoise,
+    Calibrate,
+    Calibrated,
     DecodeLatents,
     EncodePrompt,
     EndDelivery,
@@ -52,7 +56,7 @@ from videopipe.messages import (
     ToRank,
 )
 from videopipe.partition import Mesh
-from videopipe.runtime import PeerLink, Runtime, end_runtime, peak_memory_bytes, start_runtime, synchronize
+from videopipe.runtime import PeerLink, Runtime, device_name, end_runtime, peak_memory_bytes, start_runtime, synchronize
 from videopipe.trace import SpanRecorder
 
 HEARTBEAT_S = 0.5
@@ -78,7 +82,13 @@ def run_rank(spec: RankSpec) -> int:
             runtime = _join(spec, device)
         worker = _Rank(spec, runtime, client, recorder)
         worker.report(
-            Hello(pid=os.getpid(), host=socket.gethostname(), device=str(device), clock_ns=time.monotonic_ns())
+            Hello(
+                pid=os.getpid(),
+                host=socket.gethostname(),
+                device=str(device),
+                clock_ns=time.monotonic_ns(),
+                device_name=device_name(device),
+            )
         )
         worker.obey()
         end_runtime(runtime)
@@ -154,6 +164,7 @@ class _Rank:
         self._dit: DitWorker | None = None
         self._vae: VaeWorker | None = None
         self._assistant: Assistant | None = None
+        self._part: Part | None = None  # of the two above that which takes part in denoising steps
         self._conditioning_transfers: dict[str, int] = {}
         self._todo: deque[tuple[ToRank, bytes | None]] = deque()
         self._in_flight: deque[tuple[torch.cuda.Event, FromRank]] = deque()  # reports that wait for the device
@@ -233,6 +244,15 @@ class _Rank:
                 assert self._assistant is not None, "this rank cannot assist"
                 with self._recorder.span("assist", request=message.request, step=message.step):
                     self._assistant.step(message.request, message.helpers)
+            case Calibrate():
+                assert self._part is not None, "this rank takes no part in denoising steps"
+                with self._recorder.span("calibrate"):
+                    calibration = calibrate(self._part, self._runtime, message.shape, message.rules, message.budget_s)
+                if self._runtime.is_leader:
+                    self.report(Calibrated(calibration=calibration))
+            case Arrange():
+                assert self._part is not None and self._part.parallel is not None, "attention is not divided here"
+                self._part.parallel.arrange(message.num_video, message.arrangements)
             case FinishDenoise():
                 with self._recorder.span("finish", request=message.request):
                     self._dit_worker.finish(message.request)
@@ -279,6 +299,7 @@ class _Rank:
             sizes["text_encoder"] = _weight_bytes(self._encoder)
         if message.denoiser:
             denoiser = family.load_denoiser(checkpoint, config, self._runtime)
+            self._part = denoiser if isinstance(denoiser, Part) else None
             self._dit = DitWorker(self._runtime, self._link, denoiser)
             sizes["denoiser"] = _weight_bytes(denoiser)
         if message.decoder:
@@ -287,6 +308,7 @@ class _Rank:
             sizes["decoder"] = _weight_bytes(decoder)
         if config.helper_sets and not message.denoiser:
             self._assistant = family.load_assistant(checkpoint, config, self._runtime)
+            self._part = self._assistant if isinstance(self._assistant, Part) else None
         synchronize(self._runtime.device)
         return sizes
 

@@ -17,13 +17,17 @@ import torch
 import zmq
 
 from tests.ranks import leave, run_ranks
+from videopipe.arrangement import Arrangement, Calibration, Rules, Shape
 from videopipe.control import ControlClient, ControlServer
 from videopipe.geometry import VideoSpec
 from videopipe.handover import ArrivingClip, make_run_directory, write_rows
 from videopipe.messages import (
     AbandonRequest,
+    Arrange,
     AssistStep,
     BeginDenoise,
+    Calibrate,
+    Calibrated,
     DecodeLatents,
     EncodePrompt,
     EndDelivery,
@@ -63,6 +67,7 @@ REQUEST = VideoRequest(
     guidance_scale=0.1 + 0.2,
     seed=2**63 - 1,
 )
+SHAPE = Shape(num_video=60, num_text=16)
 TO_RANK: list[ToRank] = [
     LoadParts(text_encoder=True, denoiser=False, decoder=True),
     EncodePrompt(request=REQUEST, dit_ranks=(0, 1, 2), transfer=7),
@@ -70,6 +75,8 @@ TO_RANK: list[ToRank] = [
     RunStep(request="fox", step=3, helpers=(2, 4)),
     PrepareAssist(request=REQUEST, text_masks=(b"\x01\x01\x00", b"\x01")),
     AssistStep(request="fox", step=3, helpers=(2, 4)),
+    Calibrate(shape=SHAPE, rules=Rules(num_heads=24, members=2, helper_sets=((2,),)), budget_s=4.0),
+    Arrange(num_video=60, arrangements=(Arrangement(), Arrangement(helpers=(2,), head_counts=(9, 9, 6)))),
     FinishDenoise(request="fox"),
     AbandonRequest(request="fox"),
     SendLatents(request="fox", to=(3, 4), transfer=8),
@@ -98,6 +105,7 @@ FROM_RANK: list[FromRank] = [
         step=3,
         out_of_memory=True,
     ),
+    Calibrated(calibration=Calibration(shape=SHAPE, linear_s=0.1, timings=(), chosen=(Arrangement(),), seconds=1.0)),
     Heartbeat(stage=None, request=None, step=None, seconds=0.5, waiting=True, where="videopipe/exchange.py:90"),
 ]
 SPAN = Span(stage="denoise", request="fox", step=3, rank=1, start_ns=1, end_ns=2**62)

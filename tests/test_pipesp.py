@@ -93,6 +93,42 @@ def test_helpers_without_tokens_change_no_bit() -> None:
     run_ranks(check_helpers, 5)
 
 
+def check_uneven_shares(runtime: Runtime) -> None:
+    """Two helpers with shares of their own, first or in line, and what is left over by query rows."""
+    member, tokens, heads = runtime.rank, 29, 12
+    q, k, v = tensors(1, tokens, heads, torch.float64)
+    counts = (*split_evenly(tokens, 3), 0, 0)
+    for head_counts, chunk, first in product(
+        ((3, 3, 3, 2, 1), (2, 2, 2, 3, 1), (0, 0, 0, 11, 1)), (None, 1, 2), (False, True)
+    ):
+        ulysses = Ulysses(
+            group=runtime.exchange_group,
+            member=member,
+            token_counts=counts,
+            num_heads=heads,
+            kernel=sdpa,
+            key_mask=None,
+            heads_per_chunk=chunk,
+            balance="heads" if sum(head_counts) == heads else "rows",
+            head_counts=head_counts,
+            helpers_first=first,
+        )
+        if first:
+            assert ulysses.chunks[0][1].partition.head_counts == (0, 0, 0, *head_counts[3:])
+        start = sum(counts[:member])
+        own = slice(start, start + counts[member])
+        out, whole = ulysses(q[:, own], k[:, own], v[:, own]), sdpa(q, k, v, None)[:, own]
+        if ulysses.has_shared_heads:
+            assert out.numel() == 0 or float((out - whole).abs().max() / whole.abs().max()) <= 1e-10
+        else:
+            assert torch.equal(out, whole)
+    leave(runtime)
+
+
+def test_helpers_with_shares_of_their_own_and_first_change_nothing() -> None:
+    run_ranks(check_uneven_shares, 5)
+
+
 class CountingGroup:
     """Counts the bytes that this member hands to others in every all-to-all, by watching the public call."""
 

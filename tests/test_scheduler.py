@@ -451,7 +451,7 @@ class Shuffled(FakeRanks):
 class LendsAnyRank(Scheduler):
     """Takes idleness for granted."""
 
-    def _helpers(self) -> tuple[int, ...]:
+    def _helpers(self, run: object) -> tuple[int, ...]:
         return self._helper_sets[0] if self._helper_sets else ()
 
 

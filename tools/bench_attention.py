@@ -34,7 +34,7 @@ from torch.distributed import FileStore
 
 from dit_group.attention import STRATEGIES, Strategy
 from dit_group.kernels import KERNELS
-from dit_group.ulysses import Balance
+from videopipe.arrangement import Balance
 from videopipe.exchange import Buffers
 from videopipe.files import write_bytes
 from videopipe.partition import JointSequence, Mesh

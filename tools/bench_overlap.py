@@ -35,8 +35,9 @@ from torch import Tensor
 from torch.distributed import FileStore
 
 from dit_group.kernels import Kernel, sdpa
-from dit_group.ulysses import Balance, Ulysses, early_chunks
+from dit_group.ulysses import Ulysses, early_chunks
 from tools.bench_attention import commit, on_ranks
+from videopipe.arrangement import Balance
 from videopipe.files import write_bytes
 from videopipe.partition import JointSequence
 from videopipe.runtime import end_runtime, start_runtime

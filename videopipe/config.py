@@ -83,23 +83,32 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `cfg_parallel`: requests with guidance are evaluated by two halves of the DiT group, one branch each, with sequence
     parallelism of their own; once in a step two ranks exchange the predictions of their tokens. Other requests are
     rendered by the whole group.
+    `auto` for these three is measured on the ranks for each size of clip before its first denoising, and kept in
+    `calibration_cache`, a folder (by default `videopipe/calibration` in the user's cache folder); the plain way
+    (`all`, `heads`, `off`) stays where nothing else is faster, and with `schedule.mode = "deterministic"`.
     `overlap_mlp`: with several DiT ranks, the MLP of single-stream blocks runs while q, k, v and the output travel.
     """
 
     strategy: Literal["ulysses", "ring", "usp", "xfuser"] = "ulysses"
     ulysses_degree: int = 0
     mesh_inside: Literal["ulysses", "ring"] = "ulysses"
-    heads_per_chunk: int | Literal["all"] = "all"
-    balance: Literal["heads", "rows"] = "heads"
-    co_processing: Literal["on", "off"] = "off"
+    heads_per_chunk: int | Literal["all", "auto"] = "all"
+    balance: Literal["heads", "rows", "auto"] = "heads"
+    co_processing: Literal["on", "off", "auto"] = "off"
     cfg_parallel: Literal["on", "off"] = "off"
+    calibration_cache: str | None = None
     overlap_mlp: bool = True
     text: Literal["auto", "trimmed", "padded"] = "auto"
 
     @property
     def fixed_heads_per_chunk(self) -> int | None:
-        """Heads in a chunk, None for all at once."""
-        return None if self.heads_per_chunk == "all" else self.heads_per_chunk
+        """Heads in a chunk, None for all at once and where nothing is given."""
+        return self.heads_per_chunk if isinstance(self.heads_per_chunk, int) else None
+
+    @property
+    def fixed_balance(self) -> Literal["heads", "rows"]:
+        """What happens to leftover heads where nothing was measured."""
+        return "heads" if self.balance == "auto" else self.balance
 
 
 class QueueConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -239,7 +248,10 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     @property
     def helper_sets(self) -> tuple[tuple[int, ...], ...]:
         """Sets of VAE ranks that may be lent to a denoising step."""
-        if self.attention.co_processing == "off":
+        a = self.attention
+        if a.co_processing == "off":
+            return ()
+        if a.co_processing == "auto" and not (self._may_measure and a.strategy == "ulysses"):
             return ()
         return helper_sets(range(self.groups.dit_ranks, self.world_size))
 
@@ -249,6 +261,19 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         first = self.groups.dit_ranks if self.groups.vae_ranks else 0
         ranks = tuple(range(first, self.world_size))
         return (ranks,) if self.decode.mode == "tiles" else tuple((rank,) for rank in ranks)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether something about the exchange of heads is to be measured."""
+        a = self.attention
+        of_heads = self.groups.dit_ranks > 1 and "auto" in (a.heads_per_chunk, a.balance)
+        return self._may_measure and (of_heads or (a.co_processing == "auto" and bool(self.helper_sets)))
+
+    @property
+    def _may_measure(self) -> bool:
+        """Deterministic runs depend on no timing, a ring leaves nothing to choose, and halves are not measured."""
+        a = self.attention
+        return self.schedule.mode == "fast" and a.strategy in ("ulysses", "usp") and a.cfg_parallel == "off"
 
     @property
     def text_trimmed(self) -> bool:
@@ -315,7 +340,7 @@ def check_config(config: Config) -> None:
     g, q = config.groups, config.queue
     _at_least("groups.dit_ranks", g.dit_ranks, 1)
     _at_least("groups.vae_ranks", g.vae_ranks, 0)
-    if config.attention.heads_per_chunk != "all":
+    if isinstance(config.attention.heads_per_chunk, int):
         _at_least("attention.heads_per_chunk", config.attention.heads_per_chunk, 1)
     _check_attention(config)
     _check_decode(config.decode)
@@ -358,7 +383,7 @@ def _check_attention(config: Config) -> None:
     if a.strategy != "ulysses":  # a helper owns no tokens, so it could only share whole heads
         unused += [("co_processing", a.co_processing, "off")]
     for name, value, default in unused:
-        if value != default:
+        if value not in (default, "auto"):
             raise ConfigError(
                 f"attention.{name}={value!r} means nothing to attention.strategy={a.strategy!r}, nearest is {default!r}"
             )

@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from videopipe.arrangement import Arrangement, Calibration, Rules, Shape
 from videopipe.records import VideoRequest
 from videopipe.trace import Span
 
@@ -62,6 +63,21 @@ class AssistStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request: str
     step: int
     helpers: tuple[int, ...]
+
+
+class Calibrate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To DiT ranks and helpers, while nothing else runs: time what `rules` leave open, in about `budget_s` seconds."""
+
+    shape: Shape
+    rules: Rules
+    budget_s: float
+
+
+class Arrange(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """To DiT ranks and helpers: sequences of so many video tokens are laid out in these ways from now on."""
+
+    num_video: int
+    arrangements: tuple[Arrangement, ...]
 
 
 class FinishDenoise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -127,6 +143,8 @@ ToRank = (
     | RunStep
     | PrepareAssist
     | AssistStep
+    | Calibrate
+    | Arrange
     | FinishDenoise
     | AbandonRequest
     | SendLatents
@@ -140,12 +158,16 @@ ToRank = (
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """A rank is up and its process groups are ready. `clock_ns` is its monotonic clock at sending."""
+    """A rank is up and its process groups are ready. `clock_ns` is its monotonic clock at sending.
+
+    `device_name`: the model of the device, since times measured on one do not hold on another.
+    """
 
     pid: int
     host: str
     device: str
     clock_ns: int
+    device_name: str = ""
 
 
 class PartsLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -170,6 +192,12 @@ class StepCompleted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request: str
     step: int
+
+
+class Calibrated(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """From the leader: what was measured, and the choice."""
+
+    calibration: Calibration
 
 
 class LatentsReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -249,6 +277,7 @@ FromRank = (
     | PartsLoaded
     | PromptEncoded
     | StepCompleted
+    | Calibrated
     | LatentsReady
     | StateFreed
     | LatentsArrived

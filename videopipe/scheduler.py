@@ -20,11 +20,15 @@ from videopipe.queue import BoundedQueue
 
 
 class Submitted(msgspec.Struct, frozen=True, kw_only=True):
-    """A request arrived. `latent_bytes` is the size of its finished latents."""
+    """A request arrived. `latent_bytes` is the size of its finished latents.
+
+    `helper_sets`: the sets of VAE ranks that may be lent to its steps, the best first; None for those of the scheduler.
+    """
 
     request: str
     num_steps: int
     latent_bytes: int
+    helper_sets: tuple[tuple[int, ...], ...] | None = None
 
 
 class Encoded(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,10 +187,11 @@ def helper_sets(vae_ranks: Sequence[int], limit: int = 4) -> tuple[tuple[int, ..
 class _Denoising:
     """Progress of one request in the DiT group."""
 
-    def __init__(self, request: str, num_steps: int, nbytes: int) -> None:
-        self.request = request
-        self.num_steps = num_steps
-        self.nbytes = nbytes
+    def __init__(self, submitted: Submitted, helper_sets: Sequence[tuple[int, ...]]) -> None:
+        self.request = submitted.request
+        self.num_steps = submitted.num_steps
+        self.nbytes = submitted.latent_bytes
+        self.helper_sets = helper_sets if submitted.helper_sets is None else submitted.helper_sets
         self.issued = 0
         self.done = 0
         self.finishing = False
@@ -199,12 +204,12 @@ class Scheduler:
         encode_ahead: requests that may be encoded before the DiT group takes them.
         steps_ahead: steps that ranks may hold beyond the one they execute.
         max_undelivered: finished clips in host memory, those being decoded included.
-        helper_sets: sets of VAE ranks that may be lent to a denoising step together (attention co-processing); empty
-            to lend none. The largest one that is idle is lent. Only the sequencer creates work for a VAE rank, so one
-            that is idle when a step is issued stays idle until the step: no handshake is needed, and since each rank
-            obeys in order, a decode that is issued later waits for the end of the steps that the rank was lent to.
-            A member of a team is idle when its team is. Decodes and assisted steps reach all who share them in one
-            order, so no two of them can wait for each other.
+        helper_sets: sets of VAE ranks that may be lent to a denoising step together (attention co-processing); empty to
+            lend none. The largest one that is idle is lent, or the first idle one of the request's own. Only the
+            sequencer creates work for a VAE rank, so one that is idle when a step is issued stays idle until the step:
+            no handshake is needed, and since each rank obeys in order, a decode that is issued later waits for the end
+            of the steps that the rank was lent to. A member of a team is idle when its team is. Decodes and assisted
+            steps reach all who share them in one order, so no two of them can wait for each other.
     """
 
     def __init__(
@@ -467,7 +472,7 @@ class Scheduler:
                 if not self._may_begin():
                     return
                 submitted = self._requests[self._encoded.popleft()]
-                run = _Denoising(submitted.request, submitted.num_steps, submitted.latent_bytes)
+                run = _Denoising(submitted, self._helper_sets)
                 self._active.append(run)
                 commands.append(Begin(request=run.request, ranks=ranks))
             if run.request in self._cancelled:
@@ -475,20 +480,20 @@ class Scheduler:
             while run.issued < run.num_steps:
                 if sum(r.issued - r.done for r in self._active) >= self._steps_in_flight:
                     return
-                self._lent.append(self._helpers())
+                self._lent.append(self._helpers(run))
                 commands.append(Step(request=run.request, step=run.issued, ranks=ranks, helpers=self._lent[-1]))
                 run.issued += 1
             run.finishing = True
             commands.append(Finish(request=run.request, ranks=ranks))
 
-    def _helpers(self) -> tuple[int, ...]:
-        """The VAE ranks to lend to the next step: idle ones, while no latent waits for them."""
+    def _helpers(self, run: _Denoising) -> tuple[int, ...]:
+        """The VAE ranks to lend to the next step of `run`: idle ones, while no latent waits for them."""
         if self.queue.waiting or self._blocked is not None:
             return ()
         busy = {rank for team in self.topology.decode_teams if self._busy(team) for rank in team}
         if self._encoding:
             busy.add(self.topology.encoder_rank)
-        return next((helpers for helpers in self._helper_sets if not busy & set(helpers)), ())
+        return next((helpers for helpers in run.helper_sets if not busy & set(helpers)), ())
 
     def _may_begin(self) -> bool:
         """A request may enter the DiT group when no earlier one could be stopped by a full queue."""

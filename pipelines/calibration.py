@@ -1,0 +1,179 @@
+"""Which way of moving heads each request gets: from this run's measurements, from those on disk, or the plain way."""
+
+import queue
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import msgspec
+
+from pipelines.calibration_cache import CalibrationCache, Setup
+from pipelines.families import ModelFacts
+from videopipe.arrangement import Arrangement, Calibration, Rules, Shape
+from videopipe.config import Config
+from videopipe.messages import Arrange, Calibrate, ToRank
+from videopipe.partition import Mesh
+from videopipe.records import VideoRequest
+
+BUDGET_S = 8.0
+"""About how long the ranks measure before the first clip of a size, less where its layers are short."""
+
+MAX_SHAPES = 3
+"""So many new sizes of one submission are measured; the others take the choice for the nearest one."""
+
+
+class Choice(msgspec.Struct, frozen=True, kw_only=True):
+    """The ways of one request: without helpers first, then the sets that may be lent, the best first.
+
+    `source` says where they come from; "nearest" is a measurement of another shape, by tokens. `shape` is the measured
+    one, None where nothing was measured.
+    """
+
+    ways: tuple[Arrangement, ...]
+    source: Literal["measured", "cache", "nearest", "not measured"]
+    shape: Shape | None = None
+
+    @property
+    def helper_sets(self) -> tuple[tuple[int, ...], ...]:
+        """The sets of VAE ranks that may be lent."""
+        return tuple(way.helpers for way in self.ways if way.helpers)
+
+    def describe(self) -> dict[str, Any]:
+        """For side-car files and `videopipe explain`."""
+        return {
+            "source": self.source,
+            "shape": None if self.shape is None else msgspec.to_builtins(self.shape),
+            "ways": [{**msgspec.to_builtins(way), "text": way.describe()} for way in self.ways],
+        }
+
+
+class Calibrations:
+    """The calibrations of one run of ranks.
+
+    Args:
+        setup: what the ranks run on.
+    """
+
+    def __init__(self, config: Config, facts: ModelFacts, setup: Setup) -> None:
+        self.rules = rules_of(config, facts)
+        self._config = config
+        self._facts = facts
+        self._setup = setup
+        self._cache = CalibrationCache.of(config)
+        self._known: dict[Shape, tuple[Calibration, Literal["measured", "cache"]]] = {}
+
+    def take(self, calibration: Calibration) -> None:
+        """The ranks have measured."""
+        self._known[calibration.shape] = (calibration, "measured")
+        self._cache.put(self._setup, calibration)
+
+    def get(self, shape: Shape) -> Calibration | None:
+        """From this run, else from disk."""
+        if shape not in self._known:
+            stored = self._cache.get(self._setup, shape)
+            if stored is not None:
+                self._known[shape] = (stored, "cache")
+        return self._known[shape][0] if shape in self._known else None
+
+    def to_measure(self, requests: Iterable[VideoRequest]) -> list[Shape]:
+        """Shapes of these requests that nothing is known about, in their order, so many as are worth the time."""
+        if not self.rules.is_open:
+            return []
+        shapes = dict.fromkeys(shape_of(self._config, self._facts, request) for request in requests)
+        return [shape for shape in shapes if self.get(shape) is None][:MAX_SHAPES]
+
+    def choose(self, request: VideoRequest) -> Choice:
+        """The ways of a request."""
+        shape = shape_of(self._config, self._facts, request)
+        if not self.rules.is_open:
+            return Choice(ways=self.rules.without_choice(), source="not measured")
+        if self.get(shape) is not None:
+            calibration, source = self._known[shape]
+            return Choice(ways=calibration.chosen, source=source, shape=shape)
+        for other in self._cache.all(self._setup):
+            self._known.setdefault(other.shape, (other, "cache"))
+        if not self._known:
+            return Choice(ways=self.rules.without_choice(), source="not measured")
+        near = min(self._known, key=lambda known: abs(known.num_tokens - shape.num_tokens))
+        return Choice(ways=self._known[near][0].chosen, source="nearest", shape=near)
+
+
+Answer = queue.SimpleQueue[Calibration | BaseException]
+
+
+class Measuring:
+    """When the ranks measure, and what they were told. One thread owns it.
+
+    Args:
+        tell: sends a message to all ranks that take part in denoising steps.
+    """
+
+    def __init__(self, calibrations: Calibrations, tell: Callable[[ToRank], None]) -> None:
+        self.calibrations = calibrations
+        self._tell = tell
+        self._shapes: deque[Shape] = deque()
+        self._budget_s = BUDGET_S
+        self._answer: Answer | None = None
+        self._arranged: dict[int, tuple[Arrangement, ...]] = {}  # by video tokens
+        self.running = False
+
+    def begin(self, shapes: Sequence[Shape], budget_s: float = BUDGET_S, answer: Answer | None = None) -> None:
+        """Measure these shapes one after the other; nothing else may run until `running` is false again.
+
+        Args:
+            budget_s: about how long each may take.
+            answer: gets the result of one shape, or the error that ends the run.
+        """
+        self._shapes.extend(shapes)
+        self._budget_s = budget_s
+        self._answer = answer
+        self._next()
+
+    def take(self, calibration: Calibration) -> None:
+        """The leader has reported."""
+        self.calibrations.take(calibration)
+        if self._answer is not None:
+            self._answer.put(calibration)
+            self._answer = None
+        self._next()
+
+    def fail(self, error: BaseException) -> None:
+        """The run has ended."""
+        if self._answer is not None:
+            self._answer.put(error)
+            self._answer = None
+
+    def arrange(self, num_video: int, ways: tuple[Arrangement, ...]) -> None:
+        """Tell the ranks how to lay out sequences of so many video tokens, unless they do so already."""
+        if self._arranged.get(num_video) != ways:
+            self._arranged[num_video] = ways
+            self._tell(Arrange(num_video=num_video, arrangements=ways))
+
+    def _next(self) -> None:
+        self.running = bool(self._shapes)
+        if self.running:
+            rules = self.calibrations.rules
+            self._tell(Calibrate(shape=self._shapes.popleft(), rules=rules, budget_s=self._budget_s))
+
+
+def rules_of(config: Config, facts: ModelFacts) -> Rules:
+    """What the configuration leaves open."""
+    a, members = config.attention, config.groups.dit_ranks
+    if a.strategy == "usp":
+        members = Mesh.choose(members, facts.num_heads, a.ulysses_degree, a.mesh_inside).ulysses_degree
+    return Rules(
+        num_heads=facts.num_heads,
+        members=members,
+        heads_per_chunk=a.fixed_heads_per_chunk,
+        choose_chunks=a.heads_per_chunk == "auto",
+        balance=None if a.balance == "auto" else a.fixed_balance,
+        helper_sets=config.helper_sets,
+        choose_helpers=a.co_processing == "auto",
+    )
+
+
+def shape_of(config: Config, facts: ModelFacts, request: VideoRequest) -> Shape:
+    """The shape that is measured for a request: its size, and the longest prompt it may have."""
+    text = min(request.max_sequence_length, facts.text_tokens)
+    grid = facts.geometry.token_grid(request.spec, max(text, config.groups.dit_ranks) if facts.joint_text else 0)
+    return Shape(num_video=grid.video, num_text=grid.text)

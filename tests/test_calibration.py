@@ -1,0 +1,496 @@
+"""Calibration on real ranks: all come to the same choice, it is kept on disk, and whatever is chosen gives the clip."""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dit_group.attention import SequenceParallel
+from dit_group.calibrate import calibrate
+from dit_group.call import run_call
+from dit_group.kernels import sdpa
+from pipelines import HunyuanVideoPipeline, cli
+from pipelines.calibration import Calibrations, rules_of, shape_of
+from pipelines.calibration_cache import CalibrationCache, setup_of
+from pipelines.checkpoint import Checkpoint
+from pipelines.families import ModelFacts, load_family
+from pipelines.hunyuan_video import HunyuanVideo
+from pipelines.launch import LocalLauncher
+from tests.ranks import leave, run_ranks
+from videopipe.arrangement import (
+    Arrangement,
+    Calibration,
+    Rules,
+    Shape,
+    Timing,
+    ways_with_helpers,
+    ways_without_helpers,
+)
+from videopipe.config import Config, ConfigError, load_config
+from videopipe.geometry import VideoSpec
+from videopipe.records import VideoRequest
+from videopipe.runtime import Runtime, device_name
+
+SPEC = VideoSpec(height=64, width=48, num_frames=17)
+AUTO = {"heads_per_chunk": "auto", "balance": "auto", "co_processing": "auto"}
+
+# -- the measurement, on layers that sleep: time without noise, on real groups
+
+
+@dataclass
+class SleepyPart:
+    """A layer whose kernel takes so long for each head and does nothing else; a DiT rank's, or a helper's."""
+
+    parallel: SequenceParallel
+    seconds_per_head: float
+    leads: bool
+    per_call_s: float = 0.0
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
+        return ((0, 3),) if self.leads else ()
+
+    def layer(self, index: int, shape: Shape) -> Callable[[], object]:
+        tokens = self.parallel.sequence.counts[self.parallel.member] if self.leads else 0
+        x = torch.zeros(shape.rows, tokens, self.parallel.num_heads, 4)
+        return lambda: run_call(self.parallel.begin(self._kernel), x, x, x)
+
+    def _kernel(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        time.sleep(self.per_call_s + self.seconds_per_head * q.shape[2] * q.shape[1] / k.shape[1])
+        return sdpa(q, k, v, key_mask)
+
+
+def measure(runtime: Runtime, num_heads: int, member_s: float, helper_s: tuple[float, ...]) -> list[Any]:
+    """The calibration of sleepy ranks, as JSON; the DiT ranks come first, then one helper for each of `helper_s`."""
+    members = runtime.world_size - len(helper_s)
+    helpers = tuple(range(members, runtime.world_size))
+    sets = [(helper,) for helper in helpers] + ([helpers] if len(helpers) > 1 else [])
+    groups = {}
+    for lent in sets:
+        ranks = [*range(members), *lent]
+        group = dist.new_group(ranks)
+        if runtime.rank in ranks:
+            groups[lent] = group
+    runtime = replace(runtime, assist_groups=groups)
+    parallel = SequenceParallel(
+        group=runtime.exchange_group,
+        member=runtime.dit_member,
+        members=members,
+        num_heads=num_heads,
+        rank=runtime.rank,
+        assist_groups=groups,
+    )
+    seconds = member_s if runtime.dit_member is not None else helper_s[runtime.rank - members]
+    rules = Rules(
+        num_heads=num_heads, members=members, choose_chunks=True, balance=None, helper_sets=tuple(sets),
+        choose_helpers=True,
+    )  # fmt: skip
+    part = SleepyPart(parallel, seconds, leads=runtime.dit_member is not None)
+    found = calibrate(part, runtime, Shape(num_video=40, num_text=4), rules, budget_s=3.0)
+    leave(runtime)
+    return msgspec.to_builtins(found)  # type: ignore[no-any-return]
+
+
+def measured(num_heads: int, members: int, member_s: float, helper_s: tuple[float, ...]) -> Calibration:
+    world_size = members + len(helper_s)
+    answers = run_ranks(
+        measure, world_size, num_heads, member_s, helper_s, dit_ranks=tuple(range(members)), timeout=120
+    )
+    assert all(answer["chosen"] == answers[0]["chosen"] for answer in answers)  # the same on all ranks,
+    assert all(answer["timings"] == answers[0]["timings"] for answer in answers)  # since all see the same times
+    return msgspec.convert(answers[0], Calibration)
+
+
+def test_a_quick_helper_is_lent_and_gets_its_share() -> None:
+    found = measured(4, 2, 0.040, (0.004,))
+    assert found.chosen[0].helpers == () and found.chosen[-1].helpers == (2,)
+    counts = found.chosen[-1].head_counts
+    assert counts is not None and counts[2] >= 3
+    plain = found.timings[0]
+    assert plain.arrangement == Arrangement() and plain.ratios == (1.0,) * len(plain.ratios)
+    assert plain.attention_s is not None and plain.attention_s >= 0.080  # 2 of 4 heads
+    best = next(timing for timing in found.timings if timing.arrangement == found.chosen[-1])
+    assert best.ratio < 0.9 and best.assist_s is not None and best.assist_s >= 0.004 * counts[2]
+
+
+def test_a_slow_helper_is_not_lent() -> None:
+    found = measured(4, 2, 0.020, (0.2, 0.002))
+    assert [way.helpers for way in found.chosen] == [(), (3,)]  # a head of rank 2 takes longer than the whole layer
+
+
+def test_leftover_heads_are_divided_where_that_is_faster() -> None:
+    found = measured(3, 2, 0.060, ())
+    assert found.chosen[0].balance == "rows"  # 1.5 heads each in place of 2 and 1
+
+
+# -- what is kept
+
+
+@pytest.fixture(scope="module")
+def facts(tiny_checkpoint: Path) -> ModelFacts:
+    return HunyuanVideo().facts(Checkpoint(str(tiny_checkpoint), None))
+
+
+def auto_config(checkpoint: Path, cache: Path, dit_ranks: int = 2, vae_ranks: int = 1, **attention: str) -> Config:
+    return load_config(
+        {
+            "model": {"weights": str(checkpoint)},
+            "groups": {"dit_ranks": dit_ranks, "vae_ranks": vae_ranks},
+            "attention": AUTO | attention | {"calibration_cache": str(cache)},
+            "request": {"height": SPEC.height, "width": SPEC.width, "num_frames": SPEC.num_frames},
+            "runtime": {"device": "cpu", "threads_per_rank": 1},
+            "output": {"format": "latent"},
+        }
+    )
+
+
+def a_calibration(shape: Shape, *chosen: Arrangement) -> Calibration:
+    timing = Timing(arrangement=Arrangement(), layer_s=(0.1, 0.2), ratios=(1.0, 1.0), attention_s=0.05)
+    return Calibration(shape=shape, linear_s=0.01, timings=(timing,), chosen=chosen or (Arrangement(),), seconds=1.0)
+
+
+def request(name: str = "clip", spec: VideoSpec = SPEC, steps: int = 4) -> VideoRequest:
+    return VideoRequest(id=name, prompt="a red fox", spec=spec, num_inference_steps=steps)
+
+
+def known(config: Config, facts: ModelFacts, device: str = "a processor") -> Calibrations:
+    return Calibrations(config, facts, setup_of(config, facts, [device] * config.world_size, hosts=1))
+
+
+def test_what_is_stored_comes_back(tiny_checkpoint: Path, facts: ModelFacts, tmp_path: Path) -> None:
+    config = auto_config(tiny_checkpoint, tmp_path / "new" / "folder")
+    shape = shape_of(config, facts, request())
+    assert known(config, facts).to_measure([request(), request("again")]) == [shape]
+    assert known(config, facts).choose(request()).source == "not measured"
+    lent = Arrangement(helpers=(2,), head_counts=(1, 1, 2), helpers_first=True)
+    known(config, facts).take(a_calibration(shape, Arrangement(heads_per_chunk=1), lent))
+
+    again = known(config, facts)
+    assert again.get(shape) == a_calibration(shape, Arrangement(heads_per_chunk=1), lent)
+    assert again.to_measure([request()]) == []
+    choice = again.choose(request())
+    assert (choice.source, choice.ways, choice.helper_sets) == (
+        "cache",
+        (Arrangement(heads_per_chunk=1), lent),
+        ((2,),),
+    )
+    # what was measured elsewhere, or for something else, does not count
+    assert known(config, facts, "another processor").get(shape) is None
+    other = auto_config(tiny_checkpoint, tmp_path / "new" / "folder", balance="heads")
+    assert known(other, facts).get(shape) is None
+
+
+def test_another_size_takes_the_nearest_one(tiny_checkpoint: Path, facts: ModelFacts, tmp_path: Path) -> None:
+    config = auto_config(tiny_checkpoint, tmp_path)
+    small = shape_of(config, facts, request())
+    large = Shape(num_video=100 * small.num_video, num_text=small.num_text)
+    calibrations = known(config, facts)
+    calibrations.take(a_calibration(large, Arrangement(heads_per_chunk=2)))
+    calibrations.take(a_calibration(small, Arrangement(heads_per_chunk=1)))
+    asked = request(spec=VideoSpec(height=64, width=64, num_frames=17))
+    choice = known(config, facts).choose(asked)  # from disk
+    assert (choice.source, choice.shape, choice.ways[0].heads_per_chunk) == ("nearest", small, 1)
+    assert choice.describe()["ways"][0]["text"] == "1 head a chunk"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": 1}', b"\xff\xfe", b'{"version": "one"}'])
+def test_a_broken_file_is_told_of_and_replaced(
+    tiny_checkpoint: Path, facts: ModelFacts, tmp_path: Path, content: bytes
+) -> None:
+    config = auto_config(tiny_checkpoint, tmp_path)
+    shape, calibrations = shape_of(config, facts, request()), known(config, facts)
+    cache, setup = CalibrationCache.of(config), setup_of(config, facts, ["a processor"] * 3, hosts=1)
+    path = cache.path(setup, shape)
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"calibration {path} cannot be read") as told:
+        assert calibrations.to_measure([request()]) == [shape]
+    assert len(told) == 1
+    calibrations.take(a_calibration(shape))
+    assert cache.get(setup, shape) == a_calibration(shape)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_file_for_something_else_does_not_count(tiny_checkpoint: Path, facts: ModelFacts, tmp_path: Path) -> None:
+    config = auto_config(tiny_checkpoint, tmp_path)
+    shape = shape_of(config, facts, request())
+    cache, setup = CalibrationCache.of(config), setup_of(config, facts, ["a processor"] * 3, hosts=1)
+    cache.put(setup, a_calibration(shape))
+    path = cache.path(setup, shape)
+    path.write_bytes(path.read_bytes().replace(b"a processor", b"b processor"))
+    with pytest.warns(UserWarning, match="is for something else"):
+        assert cache.get(setup, shape) is None
+    # another version of torch has files of its own
+    assert cache.path(msgspec.structs.replace(setup, torch="0.1"), shape) != path
+
+
+def test_a_folder_that_cannot_be_written_is_told_of(tiny_checkpoint: Path, facts: ModelFacts, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    config = auto_config(tiny_checkpoint, tmp_path / "file")
+    calibrations, shape = known(config, facts), shape_of(config, facts, request())
+    with pytest.warns(UserWarning, match=r"calibration is not kept: attention\.calibration_cache="):
+        calibrations.take(a_calibration(shape))
+    assert calibrations.get(shape) is not None
+
+
+def test_the_users_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert CalibrationCache.of(load_config()).folder == tmp_path / "videopipe" / "calibration"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert CalibrationCache.of(load_config()).folder == tmp_path / ".cache" / "videopipe" / "calibration"
+
+
+# -- what the configuration leaves open
+
+
+def test_deterministic_runs_measure_nothing(facts: ModelFacts) -> None:
+    fast = load_config({"groups": {"dit_ranks": 2, "vae_ranks": 2}, "attention": AUTO})
+    assert fast.calibrates and len(fast.helper_sets) == 3
+    still = load_config(
+        {"groups": {"dit_ranks": 2, "vae_ranks": 2}, "attention": AUTO, "schedule": {"mode": "deterministic"}}
+    )
+    assert not still.calibrates and still.helper_sets == ()
+    assert rules_of(still, facts).plain == Arrangement()
+
+
+@pytest.mark.parametrize(
+    ("settings", "calibrates"),
+    [
+        ([], False),
+        (["groups.dit_ranks=1", "attention.heads_per_chunk=auto", "attention.balance=auto"], False),
+        (["groups.dit_ranks=1", "attention.co_processing=auto"], True),
+        (["groups.vae_ranks=0", "attention.co_processing=auto"], False),
+        (["groups.dit_ranks=2", "attention.strategy=ring", "attention.heads_per_chunk=auto"], False),
+        (["groups.dit_ranks=2", "attention.strategy=usp", "attention.heads_per_chunk=auto"], True),
+        (["groups.dit_ranks=1", "attention.strategy=usp", "attention.co_processing=auto"], False),
+    ],
+)
+def test_only_what_can_be_chosen_is_measured(settings: list[str], calibrates: bool) -> None:
+    config = load_config(None, settings)
+    assert config.calibrates == calibrates
+    if "attention.strategy=usp" in settings:
+        assert config.helper_sets == ()
+
+
+def test_a_wrong_word_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"attention\.heads_per_chunk='automatic' must be one of 'all', 'auto'"):
+        load_config(None, ["attention.heads_per_chunk=automatic"])
+
+
+# -- end to end
+
+
+def latents(pipe: HunyuanVideoPipeline, count: int = 4) -> tuple[dict[str, Tensor], list[Any]]:
+    requests = [
+        VideoRequest(
+            id=f"clip{i}",
+            prompt=f"a red fox number {i}" + " in the snow" * i,
+            negative_prompt="blur" if i % 2 else None,
+            true_cfg_scale=3.0,
+            spec=SPEC,
+            num_inference_steps=4,
+            seed=i,
+        )
+        for i in range(count)
+    ]
+    results = list(pipe.render(requests))
+    return {r.request_id: r.latents for r in results}, [r.side_car for r in results]
+
+
+def equal(found: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
+    for name, clip in found.items():
+        error = float((clip - reference[name]).abs().max() / reference[name].abs().max())
+        assert error < 1e-5, (name, error)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_checkpoint: Path, launcher: LocalLauncher) -> dict[str, Tensor]:
+    """One rank."""
+    overrides = ["output.format=latent", "runtime.threads_per_rank=1"]
+    with HunyuanVideoPipeline.from_pretrained(
+        tiny_checkpoint, dit_ranks=1, vae_ranks=0, overrides=overrides, launcher=launcher
+    ) as pipe:
+        return latents(pipe)[0]
+
+
+@pytest.mark.parametrize(("dit_ranks", "vae_ranks"), [(2, 1), (3, 2)])
+def test_everything_automatic_gives_the_same_clips(
+    tiny_checkpoint: Path,
+    launcher: LocalLauncher,
+    alone: dict[str, Tensor],
+    tmp_path: Path,
+    dit_ranks: int,
+    vae_ranks: int,
+) -> None:
+    config = auto_config(tiny_checkpoint, tmp_path, dit_ranks, vae_ranks)
+    stored_apart = msgspec.structs.replace(config.memory, precompute_modulation=dit_ranks == 3)
+    config = msgspec.structs.replace(config, memory=stored_apart)
+    for source in ("measured", "cache"):
+        with HunyuanVideoPipeline.start(config, launcher=launcher) as pipe:
+            found, side_cars = latents(pipe)
+            spans = [span for span in pipe.trace.spans if span.stage == "calibrate"]
+        equal(found, alone)
+        assert len(spans) == (config.world_size if source == "measured" else 0)
+        for side_car in side_cars:
+            chosen = side_car.plan["chosen"]
+            assert chosen["source"] == source and not chosen["ways"][0]["helpers"]
+    (file,) = tmp_path.iterdir()
+    stored = msgspec.json.decode(file.read_bytes())
+    plain = stored["calibration"]["timings"][0]
+    assert (
+        plain["arrangement"]["head_counts"] is None
+        and stored["setup"]["devices"] == [device_name(torch.device("cpu"))] * config.world_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("heads_per_chunk", "all"), ("balance", "heads"), ("co_processing", "off")]
+)
+def test_a_family_whose_groups_are_dealt_out_by_bytes_is_not_measured(name: str, plain: str) -> None:
+    config = load_config({"model": {"family": "open-sora-plan"}}, [f"attention.{name}=auto"])
+    with pytest.raises(ConfigError, match=rf"attention.{name}='auto' .*nearest is '{plain}'"):
+        load_family("open-sora-plan").check_config(config)
+
+
+def test_halves_of_the_dit_group_are_not_measured() -> None:
+    settings = ["groups.dit_ranks=4", *(f"attention.{name}=auto" for name in AUTO)]
+    assert load_config(None, settings).calibrates
+    halves = load_config(None, [*settings, "attention.cfg_parallel=on"])
+    assert not halves.calibrates and halves.helper_sets == ()
+
+
+def every_way(config: Config, facts: ModelFacts) -> list[tuple[Arrangement, ...]]:
+    """All ways that could be chosen: without helpers, and with each set of them."""
+    rules = rules_of(config, facts)
+    found: list[tuple[Arrangement, ...]] = [(way,) for way in ways_without_helpers(rules)]
+    for helpers in rules.helper_sets:
+        for way in ways_with_helpers(rules, Arrangement(heads_per_chunk=1), helpers, 1.0, [0.5] * len(helpers)):
+            found.append((Arrangement(), way))
+    return found
+
+
+@pytest.mark.parametrize(("dit_ranks", "vae_ranks"), [(2, 1), (3, 2)])
+def test_every_choice_gives_the_same_clips(
+    tiny_checkpoint: Path,
+    launcher: LocalLauncher,
+    alone: dict[str, Tensor],
+    facts: ModelFacts,
+    tmp_path: Path,
+    dit_ranks: int,
+    vae_ranks: int,
+) -> None:
+    """One pipeline, told each choice in turn as if it had been measured."""
+    config = auto_config(tiny_checkpoint, tmp_path, dit_ranks, vae_ranks)
+    shape = shape_of(config, facts, request())
+    choices = every_way(config, facts)
+    assert {way.balance for ways in choices for way in ways} == {"heads", "rows"}
+    assert any(way.helpers_first for ways in choices for way in ways)
+    lent: set[tuple[int, ...]] = set()
+    with HunyuanVideoPipeline.start(config, launcher=launcher) as pipe:
+        measuring = pipe.engine._measuring
+        assert measuring is not None
+        for ways in choices:
+            measuring.calibrations.take(a_calibration(shape, *ways))
+            found, side_cars = latents(pipe, count=1)
+            equal(found, alone)
+            assert [way["helpers"] for way in side_cars[0].plan["chosen"]["ways"]] == [way.helpers for way in ways]
+            steps = [s for s in pipe.trace.spans if s.stage == "assist" and s.request == "clip0"]
+            pipe.trace.spans.clear()
+            assert {span.rank for span in steps} == set(ways[-1].helpers)  # lent in all steps, and nobody else
+            lent.add(ways[-1].helpers)
+    assert lent == {(), *config.helper_sets}
+
+
+def test_a_new_size_is_measured_when_idle_and_else_takes_the_nearest(
+    tiny_checkpoint: Path, launcher: LocalLauncher, tmp_path: Path
+) -> None:
+    other = VideoSpec(height=64, width=64, num_frames=17)
+    with HunyuanVideoPipeline.start(auto_config(tiny_checkpoint, tmp_path), launcher=launcher) as pipe:
+        both = pipe.render([request("first"), request("long", steps=100)])
+        first = next(both)  # the other goes on meanwhile
+        [second] = pipe.render([request("second", other)])
+        assert len(list(both)) == 1
+        [third] = pipe.render([request("third", other)])
+        spans = sorted((s.start_ns, s.end_ns) for s in pipe.trace.spans if s.stage == "calibrate" and s.rank == 2)
+        work = sorted((s.start_ns, s.end_ns) for s in pipe.trace.spans if s.rank == 2 and s.stage != "start")
+    sources = [clip.side_car.plan["chosen"]["source"] for clip in (first, second, third)]
+    assert sources == ["measured", "nearest", "measured"]
+    assert len(spans) == 2 and all(a[1] <= b[0] for a, b in pairwise(work))  # never while it does something else
+
+
+def test_one_submission_may_have_several_new_sizes(
+    tiny_checkpoint: Path, launcher: LocalLauncher, tmp_path: Path
+) -> None:
+    specs = [VideoSpec(height=64, width=48 + 16 * i, num_frames=5) for i in range(4)]
+    with HunyuanVideoPipeline.start(auto_config(tiny_checkpoint, tmp_path), launcher=launcher) as pipe:
+        results = {r.request_id: r for r in pipe.render([request(f"c{i}", spec) for i, spec in enumerate(specs)])}
+    sources = [results[f"c{i}"].side_car.plan["chosen"]["source"] for i in range(4)]
+    assert sources == ["measured", "measured", "measured", "nearest"]
+
+
+def test_a_rank_lost_while_measuring_is_told_to_who_waits(
+    tiny_checkpoint: Path, launcher: LocalLauncher, tmp_path: Path
+) -> None:
+    from pipelines.faults import RankError
+
+    with HunyuanVideoPipeline.start(auto_config(tiny_checkpoint, tmp_path), launcher=launcher) as pipe:
+        measuring = pipe.engine._measuring
+        assert measuring is not None
+        measuring.calibrations.rules = msgspec.structs.replace(measuring.calibrations.rules, helper_sets=((9,),))
+        with pytest.raises(RankError):
+            list(pipe.render([request()]))
+        with pytest.raises(RankError):
+            pipe.engine.calibrate(request())
+    assert not list(tmp_path.iterdir())
+
+
+def test_explain_measures_and_remembers(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from videopipe.config import to_toml
+
+    path = tmp_path / "auto.toml"
+    path.write_text(to_toml(auto_config(tiny_checkpoint, tmp_path / "cache")))
+    assert cli.run(["explain", str(path)]) == 0
+    assert "none are stored for this size" in capsys.readouterr().out
+    assert cli.run(["explain", str(path), "--calibrate"]) == 0
+    text = capsys.readouterr().out
+    assert "of 60 video and 256 text tokens" in text and "a layer without attention and exchange" in text
+    table = text[text.index("way ") :].splitlines()
+    for column in ("attention", "exchange", "assist", "layer", "to plain", "p10-p90"):
+        assert column in table[0]
+    assert table[1].startswith("all heads at once") and " 1.00 " in table[1]
+    assert any("helps with" in line for line in table)
+    assert "chosen        " in text and "lent          " in text
+    assert cli.run(["explain", str(path)]) == 0
+    assert capsys.readouterr().out == text  # kept
+    assert cli.run(["explain", str(path), "--json"]) == 0
+    found = msgspec.json.decode(capsys.readouterr().out)
+    assert found["choice"]["source"] == "cache" and found["calibration"]["timings"][0]["ratios"][0] == 1.0
+
+
+def test_explain_refuses_to_measure_what_is_given(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = f"--model={tiny_checkpoint}"
+    assert cli.run(["explain", "hunyuan_tiny_cpu_2p1", model, "--calibrate"]) == 2
+    assert "nearest is --set attention.heads_per_chunk=auto" in capsys.readouterr().err
+    assert cli.run(["explain", "hunyuan_tiny_cpu_2p1", model]) == 0
+    assert "how heads travel" not in capsys.readouterr().out
+
+
+def test_nothing_is_told_twice(tiny_checkpoint: Path, facts: ModelFacts, tmp_path: Path) -> None:
+    """An empty folder is no mistake."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        calibrations = known(auto_config(tiny_checkpoint, tmp_path / "none"), facts)
+        assert calibrations.choose(request()).source == "not measured"
