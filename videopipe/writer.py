@@ -189,10 +189,10 @@ class Service:
     def _go_on(self, message: WriteFrames | CloseClip, clip: _OpenFile) -> None:
         begin = time.monotonic()
         with self._recorder.span("write", request=clip.message.request):
-            if isinstance(message, WriteFrames):
-                self._write(message, clip)
-            else:
+            if isinstance(message, CloseClip):
                 path = clip.file.close()
+            elif message.num_frames:
+                self._write(message, clip)
         clip.seconds += time.monotonic() - begin
         spans = tuple(self._recorder.drain())
         if isinstance(message, WriteFrames):
