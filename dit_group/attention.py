@@ -156,6 +156,7 @@ class SequenceParallel:
             buffers=self._shared_buffers(),
             **self._more,
             **({"helpers_first": True} if arrangement.helpers_first else {}),
+            **({"early_chunks": arrangement.early_chunks} if arrangement.early_chunks is not None else {}),
         )
         return Layout(sequence, attention, self._group, self._member, self.branch)
 
