@@ -38,7 +38,10 @@ from videopipe.runtime import Runtime, synchronize
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
 PART_ROUNDS = 1
 FULL_BUDGET_LAYER_S = 0.05
-"""A shorter layer gets less than the given time, in proportion: its clips are done sooner, too."""
+"""A shorter layer gets less than the given time, and a longer one more, in proportion, as its clips do."""
+
+MOST_BUDGETS = 4
+"""So many times the given time at most, for layers so much longer: else little could be tried where it matters most."""
 
 ALIKE = 0.1
 """Helpers whose speeds differ by less stand for one another: of sets of the same size only the first is timed."""
@@ -68,7 +71,8 @@ def calibrate(part: Part, runtime: Runtime, shape: Shape, rules: Rules, budget_s
 
     Args:
         part: the denoiser on DiT ranks, the assistant on helpers.
-        budget_s: about how long it may take; after the plain way and a few others, less promising ones are left out.
+        budget_s: about how long it may take where a layer takes `FULL_BUDGET_LAYER_S`; after the plain way and a few
+            others, less promising ones are left out.
     Returns:
         The same on every member.
     """
@@ -183,7 +187,10 @@ class _StillCall:
 
 
 class _Workload:
-    """What one member runs for a way: the whole layer, or one part of it, for each kind of layer."""
+    """What one member runs for a way: the whole layer, or one part of it, for each kind of layer.
+
+    `projection_s`: for each kind, seconds of a projection of k or q; 0 on a helper, which projects nothing.
+    """
 
     def __init__(
         self,
@@ -200,11 +207,14 @@ class _Workload:
         self._layout = self._lay_out(with_me)
         self._layers: list[Run] = []
         self._kernels: list[Kernel | None] = []  # None is the configured one
+        self.projection_s: list[float] = []
         for index, _ in kinds:
             still = _Still(device)
             parallel.use(replace(self._layout, attention=still))
             self._layers.append(part.layer(index, shape))
-            self._layers[-1]()
+            for _ in range(2):  # the first one warms up
+                self._layers[-1]()
+            self.projection_s.append(min(still.projection_s, default=0.0))
             self._kernels.append(still.kernel)
             assert still.query is not None, "the layer has no attention"
             self._query = still.query
@@ -217,10 +227,9 @@ class _Workload:
         """The whole layer."""
         return self._in(self._lay_out(way))
 
-    def linear(self) -> tuple[list[Run | None], list[float]]:
-        """The layer without attention and exchange; the list gets the seconds of a projection with each run."""
-        still = _Still(self._device)
-        return self._in(replace(self._layout, attention=still)), still.projection_s
+    def linear(self) -> list[Run | None]:
+        """The layer without attention and exchange."""
+        return self._in(replace(self._layout, attention=_Still(self._device)))
 
     def attention(self, way: Arrangement) -> list[Run | None]:
         """The kernel alone, on this member's heads, chunk by chunk."""
@@ -305,16 +314,19 @@ class _Session:
         with_me = Arrangement(helpers=helpers if self._is_helper else ())
         self._work = _Workload(part, part.parallel, shape, kinds, with_me, runtime.device)
         self._timings: dict[Arrangement, Timing] = {}
-        self._projection_s = self._transfer_s = 0.0  # of one of v, k and q, all heads
+        projection_s = torch.tensor(self._work.projection_s, dtype=torch.float64) @ self._weights
+        self._projection_s = self._watch.agree(float(projection_s))
+        self._transfer_s = 0.0  # of one of v, k and q, all heads; 0 where it is not known
 
     def calibrate(self) -> Calibration:
         """Measure and choose."""
         plain = self._rules.plain
-        linear_s = self._time_linear()
+        linear = self._work.nothing() if self._is_helper else self._work.linear()
+        linear_s = self._median(self._watch.time([linear], PART_ROUNDS))[0]
         plain_s = self._seconds([self._layer(plain)], 2)[0][1]  # the first time warms up
         exchange = self._watch.time([self._taking_part(plain, self._work.exchange)], PART_ROUNDS)
         self._transfer_s = float(exchange[..., 0].amax()) / 4  # v, k, q and the output
-        self._budget_s *= min(1.0, plain_s / FULL_BUDGET_LAYER_S)
+        self._budget_s *= min(MOST_BUDGETS, plain_s / FULL_BUDGET_LAYER_S)
         ways = (plain, *map(self._in_good_order, ways_without_helpers(self._rules)))
         timings = self._compare(ways, plain, self._budget_s / 3)
         alone = self._confirmed(fastest(timings[plain], list(timings.values())[1:]).arrangement, plain)
@@ -326,14 +338,6 @@ class _Session:
             chosen=chosen,
             seconds=self._watch.agree(time.perf_counter() - self._begin),
         )
-
-    def _time_linear(self) -> float:
-        """Seconds of a mean layer without attention and exchange; notes those of a projection."""
-        linear, projections = (self._work.nothing(), []) if self._is_helper else self._work.linear()
-        linear_s = self._median(self._watch.time([linear], PART_ROUNDS))[0]
-        last = projections[-len(self._weights) :] or [0.0] * len(self._weights)
-        self._projection_s = self._watch.agree(float(torch.tensor(last, dtype=torch.float64) @ self._weights))
-        return linear_s
 
     def _in_good_order(self, way: Arrangement) -> Arrangement:
         """As many chunks of v and k leave at once as the link carries under the projections, where that is known."""

@@ -16,7 +16,7 @@ from videopipe.partition import Mesh
 from videopipe.records import VideoRequest
 
 BUDGET_S = 8.0
-"""About how long the ranks measure before the first clip of a size, less where its layers are short."""
+"""About how long the ranks measure before the first clip of a size, for layers of 50 ms: it goes with their length."""
 
 MAX_SHAPES = 3
 """So many new sizes of one submission are measured; the others take the choice for the nearest one."""

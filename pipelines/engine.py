@@ -203,6 +203,8 @@ class Engine:
     def calibrate(self, request: VideoRequest, budget_s: float = BUDGET_S) -> Calibration:
         """Measure the ways of moving heads for this request's size, whatever is known, and keep the result.
 
+        Args:
+            budget_s: about how long, see `dit_group.calibrate.calibrate`.
         Raises:
             RankError: a rank was lost.
             RuntimeError: the engine is closed, or the ranks are at work.

@@ -85,7 +85,8 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     rendered by the whole group.
     `auto` for these three is measured on the ranks for each size of clip before its first denoising, and kept in
     `calibration_cache`, a folder (by default `videopipe/calibration` in the user's cache folder); the plain way
-    (`all`, `heads`, `off`) stays where nothing else is faster, and with `schedule.mode = "deterministic"`.
+    (`all`, `heads`, `off`) stays where nothing else is faster, with `schedule.mode = "deterministic"` and with
+    `cfg_parallel`.
     `overlap_mlp`: with several DiT ranks, the MLP of single-stream blocks runs while q, k, v and the output travel.
     """
 
