@@ -149,6 +149,17 @@ def test_an_emulated_link_moves_tensors_and_all_members_agree_on_the_time(tmp_pa
     run_ranks(check_link, 3, str(tmp_path))
 
 
+def test_the_chooser_runs_behind_a_link(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    sizes = "--ranks 2 --heads 3 --head-ms 5 --projection-ms 2 --link-mbit 3 --repetitions 3 --video 30 --budget-s 1"
+    command = [sys.executable, "-m", "tools.bench_auto", *sizes.split(), "--output", str(tmp_path / "out.json")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [row] = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(row["plain_s"]) == len(row["chosen_s"]) == 3 and row["chosen"]["helpers"] == []
+
+
 def test_it_runs_on_real_ranks(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     sizes = "--ranks 2 --helpers 1 --heads 3 --head-ms 1 --projection-ms 1 --link-mbit 100 --repetitions 2 --video 30"
