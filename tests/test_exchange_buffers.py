@@ -5,17 +5,22 @@ twins give back too early, each at another place, and must be noticed.
 """
 
 from itertools import pairwise, product
+from typing import cast
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import dit_group.ring
 import dit_group.ulysses
-from dit_group.attention import STRATEGIES, SequenceParallel
+from dit_group.attention import STRATEGIES, Layout, SequenceParallel
 from dit_group.kernels import sdpa
+from dit_group.ulysses import UlyssesCall
+from pipelines.models.skip_sparse import DENSE, SkipSparse
+from pipelines.open_sora_plan_attention import GroupParallel, GroupsCall, LayerKernel, layer_kernels
 from tests.ranks import RanksError, leave, run_ranks
 from videopipe import exchange
 from videopipe.exchange import Buffers, Exchange, PendingExchange
@@ -257,3 +262,22 @@ def check_early_release(runtime: Runtime, module: str) -> None:
 def test_a_block_that_goes_before_its_reader_is_noticed(module: str) -> None:
     with pytest.raises(RanksError, match="other values"):
         run_ranks(check_early_release, 3, module)
+
+
+def test_all_groups_and_layouts_of_sparse_attention_share_one_memory() -> None:
+    patterns = [DENSE, SkipSparse(kind="single", k=4), SkipSparse(kind="group", k=4), DENSE]
+    place = {"group": cast(dist.ProcessGroup, object()), "member": 0, "members": 3, "num_heads": 4}  # nothing is sent
+    kernels, device = layer_kernels(patterns), torch.device("cpu")
+    parallel = GroupParallel(kernels=kernels, device=device, **place)
+    layouts = [parallel.lay_out(num_video, 0) for num_video in (45, 96)]
+    begun = [call for layout in layouts for kernel in kernels for call in calls(layout, kernel)]
+    assert len(begun) > len(layouts) * len(patterns) and len({id(call._plan.buffers) for call in begun}) == 1
+    twin = GroupParallel(kernels=kernels, device=device, **place).lay_out(45, 0)  # another place has memory of its own
+    assert calls(twin, kernels[0])[0]._plan.buffers is not begun[0]._plan.buffers
+
+
+def calls(layout: Layout, kernel: LayerKernel) -> list[UlyssesCall]:
+    """The exchanges of one layer, group by group."""
+    call = layout.attention.begin(kernel)
+    assert isinstance(call, GroupsCall)
+    return [cast(UlyssesCall, part) for part in call._in_order]
