@@ -18,8 +18,7 @@ from dit_group.usp import Usp
 from dit_group.xfuser import Xfuser
 from videopipe.arrangement import Arrangement, Balance
 from videopipe.exchange import Buffers
-from videopipe.partition import JointSequence
-from videopipe.runtime import MeshGroups
+from videopipe.partition import JointSequence, Mesh
 
 
 class Strategy(Protocol):
@@ -77,7 +76,7 @@ class SequenceParallel:
 
     `lay_out` prepares a sequence once (it may look at a mask's values), `use` makes it the current one at no cost: also
     one that another `SequenceParallel` of this rank has laid out over fewer members.
-    `mesh` has the subgroups that `usp` needs, `branch` says what a half of the DiT group evaluates.
+    `mesh` has the two axes that `usp` needs, `branch` says what a half of the DiT group evaluates.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class SequenceParallel:
         balance: Balance = "heads",
         rank: int = 0,
         assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] | None = None,
-        mesh: MeshGroups | None = None,
+        mesh: Mesh | None = None,
         branch: Branch | None = None,
     ) -> None:
         self._group = group
@@ -144,10 +143,6 @@ class SequenceParallel:
         if text_mask is not None and not bool(text_mask.all()):
             visible = text_mask.new_ones((text_mask.shape[0], num_video))
             key_mask = torch.cat([visible, text_mask], dim=1)[:, sequence.order()]
-        buffers = None if self._buffers is None else self._buffers()
-        if buffers is None:
-            buffers = Buffers()
-            self._buffers = weakref.ref(buffers)
         attention = self._strategy(
             group=self._assist_groups[helpers] if helpers else self._group,
             member=self._member if self._member is not None else self.members + helpers.index(self._rank),
@@ -158,11 +153,20 @@ class SequenceParallel:
             heads_per_chunk=arrangement.heads_per_chunk,
             balance=arrangement.balance,
             head_counts=arrangement.head_counts,
-            buffers=buffers,
+            buffers=self._shared_buffers(),
             **self._more,
             **({"helpers_first": True} if arrangement.helpers_first else {}),
+            **({"early_chunks": arrangement.early_chunks} if arrangement.early_chunks is not None else {}),
         )
         return Layout(sequence, attention, self._group, self._member, self.branch)
+
+    def _shared_buffers(self) -> Buffers:
+        """Memory for the exchanges of all layouts, which take turns."""
+        buffers = None if self._buffers is None else self._buffers()
+        if buffers is None:
+            buffers = Buffers()
+            self._buffers = weakref.ref(buffers)
+        return buffers
 
     def use(self, layout: Layout) -> None:
         """The model is about to be called with this sequence."""

@@ -5,7 +5,8 @@ see the times of all, so each comes to the same next candidates without asking, 
 
 A layer is a real block of the loaded DiT on random tokens, one for each kind of block, weighted by how many there are.
 "linear" is such a block whose attention moves and computes nothing, "attention" the kernel alone on a member's heads,
-"exchange" the same calls with a kernel that computes nothing, "assist" the kernel alone on a helper's heads.
+"exchange" the same calls with a kernel that computes nothing, "assist" the kernel alone on a helper's heads. From the
+time between two projections and that of the exchange follows how many chunks' v and k leave at once.
 """
 
 import time
@@ -21,7 +22,7 @@ from torch import Tensor
 from dit_group.attention import Layout, SequenceParallel
 from dit_group.call import run_call
 from dit_group.kernels import Kernel
-from dit_group.ulysses import Ulysses
+from dit_group.ulysses import Ulysses, early_chunks
 from videopipe.arrangement import (
     Arrangement,
     Calibration,
@@ -134,11 +135,16 @@ class Stopwatch:
 
 
 class _Still:
-    """A strategy by which nothing travels and nothing is computed; it notes what the layer asked for."""
+    """A strategy by which nothing travels and nothing is computed; it notes what the layer asked for, and when.
 
-    def __init__(self) -> None:
+    `projection_s`: for each call the seconds until k or q is projected, norm and RoPE included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self.kernel: Kernel | None = None
         self.query: Tensor | None = None
+        self.device = device
+        self.projection_s: list[float] = []
 
     def begin(self, kernel: Kernel | None = None) -> "_StillCall":
         """The call of one layer."""
@@ -151,15 +157,20 @@ class _StillCall:
 
     def __init__(self, still: _Still) -> None:
         self._still = still
+        self._begin = 0.0
 
     def value(self, v: Tensor) -> None:
         """Stays here."""
+        synchronize(self._still.device)
+        self._begin = time.perf_counter()
 
     def key(self, k: Tensor) -> None:
         """Stays here."""
 
     def query(self, q: Tensor) -> None:
         """Stays here."""
+        synchronize(self._still.device)
+        self._still.projection_s.append((time.perf_counter() - self._begin) / 2)
         self._still.query = q
 
     def attend(self) -> None:
@@ -181,14 +192,16 @@ class _Workload:
         shape: Shape,
         kinds: Sequence[tuple[int, int]],
         with_me: Arrangement,
+        device: torch.device,
     ) -> None:
         self._parallel = parallel
         self._shape = shape
+        self._device = device
         self._layout = self._lay_out(with_me)
         self._layers: list[Run] = []
         self._kernels: list[Kernel | None] = []  # None is the configured one
         for index, _ in kinds:
-            still = _Still()
+            still = _Still(device)
             parallel.use(replace(self._layout, attention=still))
             self._layers.append(part.layer(index, shape))
             self._layers[-1]()
@@ -204,9 +217,10 @@ class _Workload:
         """The whole layer."""
         return self._in(self._lay_out(way))
 
-    def linear(self) -> list[Run | None]:
-        """The layer without attention and exchange."""
-        return self._in(replace(self._layout, attention=_Still()))
+    def linear(self) -> tuple[list[Run | None], list[float]]:
+        """The layer without attention and exchange; the list gets the seconds of a projection with each run."""
+        still = _Still(self._device)
+        return self._in(replace(self._layout, attention=still)), still.projection_s
 
     def attention(self, way: Arrangement) -> list[Run | None]:
         """The kernel alone, on this member's heads, chunk by chunk."""
@@ -289,17 +303,20 @@ class _Session:
         total = sum(count for _, count in kinds)
         self._weights = torch.tensor([count / total for _, count in kinds], dtype=torch.float64)
         with_me = Arrangement(helpers=helpers if self._is_helper else ())
-        self._work = _Workload(part, part.parallel, shape, kinds, with_me)
+        self._work = _Workload(part, part.parallel, shape, kinds, with_me, runtime.device)
         self._timings: dict[Arrangement, Timing] = {}
+        self._projection_s = self._transfer_s = 0.0  # of one of v, k and q, all heads
 
     def calibrate(self) -> Calibration:
         """Measure and choose."""
         plain = self._rules.plain
-        linear = self._work.nothing() if self._is_helper else self._work.linear()
-        linear_s = self._median(self._watch.time([linear], PART_ROUNDS))[0]
-        plain_s = self._seconds([self._layer(plain)], 2)[0][1]  # the first time builds connections and warms up
+        linear_s = self._time_linear()
+        plain_s = self._seconds([self._layer(plain)], 2)[0][1]  # the first time warms up
+        exchange = self._watch.time([self._taking_part(plain, self._work.exchange)], PART_ROUNDS)
+        self._transfer_s = float(exchange[..., 0].amax()) / 4  # v, k, q and the output
         self._budget_s *= min(1.0, plain_s / FULL_BUDGET_LAYER_S)
-        timings = self._compare(ways_without_helpers(self._rules), plain, self._budget_s / 3)
+        ways = (plain, *map(self._in_good_order, ways_without_helpers(self._rules)))
+        timings = self._compare(ways, plain, self._budget_s / 3)
         alone = self._confirmed(fastest(timings[plain], list(timings.values())[1:]).arrangement, plain)
         chosen = (alone, *self._choose_helpers(alone)) if self._rules.helper_sets else (alone,)
         return Calibration(
@@ -309,6 +326,22 @@ class _Session:
             chosen=chosen,
             seconds=self._watch.agree(time.perf_counter() - self._begin),
         )
+
+    def _time_linear(self) -> float:
+        """Seconds of a mean layer without attention and exchange; notes those of a projection."""
+        linear, projections = (self._work.nothing(), []) if self._is_helper else self._work.linear()
+        linear_s = self._median(self._watch.time([linear], PART_ROUNDS))[0]
+        last = projections[-len(self._weights) :] or [0.0] * len(self._weights)
+        self._projection_s = self._watch.agree(float(torch.tensor(last, dtype=torch.float64) @ self._weights))
+        return linear_s
+
+    def _in_good_order(self, way: Arrangement) -> Arrangement:
+        """As many chunks of v and k leave at once as the link carries under the projections, where that is known."""
+        num_chunks = way.num_chunks(self._rules.num_heads, self._rules.members)
+        if num_chunks < 2 or not self._transfer_s:
+            return way
+        early = early_chunks(num_chunks, self._projection_s, self._transfer_s)
+        return msgspec.structs.replace(way, early_chunks=early)
 
     def _choose_helpers(self, alone: Arrangement) -> list[Arrangement]:
         """The way to lend each set of helpers, the fastest set first; a set that does not pay is left out."""
@@ -338,7 +371,8 @@ class _Session:
         if not ways:
             return None
         reference = alone if self._rules.choose_helpers else ways[0]
-        timings = self._compare((self._rules.plain, reference, *ways), reference, budget_s)
+        ordered = map(self._in_good_order, ways)
+        timings = self._compare((self._rules.plain, reference, *ordered), reference, budget_s)
         candidates = [timing for way, timing in timings.items() if way.helpers and way != reference]
         best = self._confirmed(fastest(timings[reference], candidates).arrangement, reference)
         return (timings[best].ratio, best) if best.helpers else None

@@ -17,9 +17,9 @@ class FrameLayout:
 
 
 class FrameParallel:
-    """One member's place in the DiT group; the hooks of a plan hold it (`Shard`, `Reshard`, `Gather`).
+    """One member's place in the DiT group; the hooks of a plan hold it (`Shard`, `Reshard`, `Place`).
 
-    For `Shard` and `Gather` the stream `video` is that of frames. `lay_out` prepares a size once, `use` makes it the
+    For `Shard` and `Place` the stream `video` is that of frames. `lay_out` prepares a size once, `use` makes it the
     current one at no cost.
     """
 

@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dit_group.factorised import FrameParallel
-from videopipe.exchange import gather_tokens
 from videopipe.partition import JointSequence
 
 Stream = Literal["video", "text"]
@@ -38,30 +36,17 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gather:
-    """Make the output of `module` whole again along `dim`, on every member."""
-
-    module: str
-    dim: int
-    stream: Stream
-
-
-@dataclass(frozen=True, kw_only=True)
 class Reshard:
     """Give `module` its first argument [B, T, S, C] sharded by space; its output is sharded by frames again."""
 
     module: str
 
 
-Plan = Sequence[Shard | Reshard | Place | Gather]
+Plan = Sequence[Shard | Reshard | Place]
 
 
 class Parallel(Protocol):
     """Who owns what of the current sequence: `SequenceParallel` or `FrameParallel`."""
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """Joins the members of the current sequence; None for one member."""
 
     @property
     def member(self) -> int:
@@ -89,10 +74,8 @@ def apply_plan(model: nn.Module, plan: Plan, parallel: Parallel) -> list[Removab
             handles.append(module.register_forward_hook(_to_frames_hook(parallel)))
         elif isinstance(entry, Shard):
             handles.append(module.register_forward_hook(_shard_hook(entry, parallel)))
-        elif isinstance(entry, Place):
-            handles.append(module.register_forward_hook(_place_hook(entry, parallel)))
         else:
-            handles.append(module.register_forward_hook(_gather_hook(entry, parallel)))
+            handles.append(module.register_forward_hook(_place_hook(entry, parallel)))
     return handles
 
 
@@ -125,7 +108,8 @@ def _shard_hook(entry: Shard, parallel: Parallel) -> Any:
 def _place_hook(entry: Place, parallel: Parallel) -> Any:
     def place(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         own, shape = _own(entry, parallel), list(output.shape)
-        shape[entry.dim] = sum(_counts(entry, parallel))
+        sequence = parallel.sequence
+        shape[entry.dim] = sum(sequence.video_counts if entry.stream == "video" else sequence.text_counts)
         whole = output.new_zeros(shape)
         whole.narrow(entry.dim, own.start, own.stop - own.start).copy_(output)
         return whole
@@ -133,17 +117,6 @@ def _place_hook(entry: Place, parallel: Parallel) -> Any:
     return place
 
 
-def _gather_hook(entry: Gather, parallel: Parallel) -> Any:
-    def gather(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return gather_tokens(output, _counts(entry, parallel), parallel.group, parallel.member, dim=entry.dim)
-
-    return gather
-
-
 def _own(entry: Shard | Place, parallel: Parallel) -> slice:
     sequence = parallel.sequence
     return (sequence.video_of if entry.stream == "video" else sequence.text_of)(parallel.member)
-
-
-def _counts(entry: Place | Gather, parallel: Parallel) -> tuple[int, ...]:
-    return parallel.sequence.video_counts if entry.stream == "video" else parallel.sequence.text_counts

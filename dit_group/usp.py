@@ -14,8 +14,7 @@ from dit_group.ring import Ring
 from dit_group.ulysses import Ulysses, UlyssesCall
 from videopipe.arrangement import Balance
 from videopipe.exchange import Buffers, Subset
-from videopipe.partition import offsets
-from videopipe.runtime import MeshGroups
+from videopipe.partition import Mesh, offsets
 
 
 class Usp:
@@ -41,16 +40,15 @@ class Usp:
         balance: Balance = "heads",
         head_counts: tuple[int, ...] | None = None,
         buffers: Buffers | None = None,
-        mesh: MeshGroups | None,
+        mesh: Mesh | None,
     ) -> None:
         members = len(token_counts)
         buffers = Buffers() if buffers is None else buffers
-        if mesh is None or mesh.mesh.members != members:
-            found = None if mesh is None else mesh.mesh.members
+        if mesh is None or mesh.members != members:
+            found = None if mesh is None else mesh.members
             raise ValueError(f"mesh of {found} members cannot hold {members}: attention.strategy='usp' needs {members}")
-        shape = mesh.mesh
-        line, ring_line = shape.ulysses_members(member), shape.ring_members(member)
-        lines = [shape.ulysses_members(other) for other in ring_line]
+        line, ring_line = mesh.ulysses_members(member), mesh.ring_members(member)
+        lines = [mesh.ulysses_members(other) for other in ring_line]
         start = offsets(token_counts)
         if key_mask is not None:  # from member order to the order in which lines lie on the ring
             order = [p for others in lines for other in others for p in range(start[other], start[other + 1])]

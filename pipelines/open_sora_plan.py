@@ -127,7 +127,6 @@ def trim_text(text: PromptEmbeds) -> PromptEmbeds:
 
 def text_context(transformer: OpenSoraPlanTransformer3DModel, text: PromptEmbeds) -> TextContext:
     """The prompt as every denoising step of the clip uses it: keys and values of all cross-attentions."""
-    text = trim_text(text)
     embeds = text.embeds.to(device=transformer.device, dtype=transformer.dtype)
     return transformer.encode_text(embeds, text.mask.to(transformer.device))
 
@@ -298,7 +297,7 @@ def render_frames(
     embeds = encode_prompt(parts.tokenizer, parts.text_encoder, rows, max_sequence_length)
     latents = denoise(
         parts.transformer,
-        text_context(parts.transformer, embeds),
+        text_context(parts.transformer, trim_text(embeds)),
         spec,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,

@@ -237,6 +237,7 @@ class GroupParallel(SequenceParallel):
             key_mask=None,
             heads_per_chunk=self._given.heads_per_chunk,
             head_counts=heads,
+            buffers=self._shared_buffers(),
         )
 
 

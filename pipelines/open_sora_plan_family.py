@@ -27,7 +27,7 @@ from pipelines.models.skip_sparse import block_sparsity
 from pipelines.pipeline import VideoPipeline
 from pipelines.skip_sparse_layout import held_patterns, held_tokens, sent_values
 from vae_group.worker import Decoder
-from videopipe.config import Config, ConfigError
+from videopipe.config import Config, ConfigError, DecodeConfig
 from videopipe.geometry import LatentGeometry
 from videopipe.records import VideoRequest
 from videopipe.runtime import Runtime
@@ -37,6 +37,9 @@ DIT_CLASSES = ("OpenSoraT2V_v1_3", "OpenSoraPlanTransformer3DModel")
 
 MT5_FP32_PARAMETERS = 24 * 4096 * 10240
 """Of mT5-xxl's encoder, the `wo` of its MLPs, which stay in fp32 when the rest is fp16."""
+
+BLENDED_TILES = ("tile_height", "tile_width", "tile_overlap_height", "tile_overlap_width", "tile_overlap_frames")
+"""Of the `[decode]` table, what only a VAE with overlapping tiles has."""
 
 GEOMETRY = LatentGeometry(channels=8, stride_t=4, stride_s=8, patch_t=1, patch_s=2)
 
@@ -158,7 +161,10 @@ class OpenSoraPlan:
             )
 
     def check_config(self, config: Config) -> None:
-        """Refuse options that this model does not have: another kernel, leftover heads by rows, stored modulation."""
+        """Refuse options that this model does not have.
+
+        Another kernel, leftover heads by rows, measured choices, overlapping tiles, stored modulation.
+        """
         for path, value, valid in (
             ("model.attention_kernel", config.model.attention_kernel, "sdpa"),
             ("attention.strategy", config.attention.strategy, "ulysses"),  # sparse layers need whole sequences
@@ -175,6 +181,14 @@ class OpenSoraPlan:
                     f"attention.{name}='auto' is not measured for model.family='open-sora-plan', whose groups of "
                     f"tokens are dealt out by bytes; nearest is {plain!r}"
                 )
+        tiles = [name for name in BLENDED_TILES if getattr(config.decode, name)]
+        tiles += ["tile_preset"] if config.decode.tile_preset == "official" else []
+        if tiles:
+            name, value = tiles[0], getattr(config.decode, tiles[0])
+            raise ConfigError(
+                f"decode.{name}={value!r} means nothing to model.family='open-sora-plan', whose "
+                f"VAE has chunks of time that need no blending; nearest is {getattr(DecodeConfig(), name)!r}"
+            )
         if config.memory.precompute_modulation:
             raise ConfigError(
                 "memory.precompute_modulation=true: model.family='open-sora-plan' has one small modulation layer for "

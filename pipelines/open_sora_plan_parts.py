@@ -21,7 +21,6 @@ from dit_group.shards import exchange_branches, gather_latents
 from pipelines.checkpoint import Checkpoint
 from pipelines.decode_memory import wfvae_within
 from pipelines.families import ModelFacts
-from pipelines.models.open_sora_plan import TextContext
 from pipelines.models.open_sora_plan_layout import find_folders
 from pipelines.models.open_sora_plan_loading import (
     empty_transformer,
@@ -40,6 +39,7 @@ from pipelines.open_sora_plan import (
     predict,
     prompt_rows,
     start_scheduler,
+    text_context,
     to_bytes,
     to_pixels,
     trim_text,
@@ -118,7 +118,8 @@ class OpenSoraPlanDenoiser:
         scheduler = start_scheduler(request.num_inference_steps, self._device)
         generator = torch.Generator("cpu").manual_seed(request.seed)
         torch.randn(shape, generator=generator, dtype=torch.float32)
-        text = self._text(conditioning)
+        embeds = PromptEmbeds(embeds=conditioning["prompt_embeds"], mask=conditioning["prompt_mask"])
+        text = text_context(self.transformer, embeds)
         num_video = self._geometry.token_grid(request.spec).video
         parallel = self._parallel
         halved = self._half is not None and text.keys[0].shape[0] == 2
@@ -162,11 +163,6 @@ class OpenSoraPlanDenoiser:
     def observe(self, keep: Keep, num_blocks: int) -> AbstractContextManager[None]:
         """Within the block, steps hand whole tensors to `keep`; on every member of the DiT group."""
         return observing(self.transformer, self._parallel, self._geometry, keep, num_blocks, branches_as_rows=True)
-
-    def _text(self, conditioning: Mapping[str, Tensor]) -> TextContext:
-        text = PromptEmbeds(embeds=conditioning["prompt_embeds"], mask=conditioning["prompt_mask"])
-        embeds = text.embeds.to(device=self._device, dtype=self.transformer.dtype)
-        return self.transformer.encode_text(embeds, text.mask.to(self._device))
 
 
 class OpenSoraPlanAssistant:

@@ -1,11 +1,12 @@
 """What every family's parts need to take their place among the ranks."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dit_group.attention import Branch, SequenceParallel
 from vae_group.team import Team
 from videopipe.config import Config
+from videopipe.partition import Mesh
 from videopipe.runtime import Runtime
 
 P = TypeVar("P", bound=SequenceParallel)
@@ -22,14 +23,9 @@ def sequence_parallel(
         group=runtime.exchange_group,
         member=runtime.dit_member,
         members=len(runtime.dit_ranks),
-        num_heads=num_heads,
-        strategy=config.attention.strategy,
-        kernel=config.model.attention_kernel,
-        heads_per_chunk=config.attention.fixed_heads_per_chunk,
-        balance=config.attention.fixed_balance,
         rank=runtime.rank,
         assist_groups=runtime.assist_groups,
-        mesh=runtime.mesh,
+        **_attention(config, num_heads, len(runtime.dit_ranks)),
     )
 
 
@@ -47,16 +43,27 @@ def half_parallel(
         group=groups.group,
         member=groups.ranks.index(runtime.rank) if runtime.rank in groups.ranks else None,
         members=len(groups.ranks),
-        num_heads=num_heads,
-        strategy=config.attention.strategy,
-        kernel=config.model.attention_kernel,
-        heads_per_chunk=config.attention.fixed_heads_per_chunk,
-        balance=config.attention.fixed_balance,
         rank=runtime.rank,
         assist_groups=groups.assist_groups,
-        mesh=groups.mesh,
         branch=None if pair is None else Branch(half, pair),
+        **_attention(config, num_heads, len(groups.ranks)),
     )
+
+
+def _attention(config: Config, num_heads: int, members: int) -> dict[str, Any]:
+    """How q, k and v travel among so many members, as far as the configuration says."""
+    a = config.attention
+    mesh = None
+    if a.strategy == "usp":
+        mesh = Mesh.choose(members, num_heads, a.ulysses_degree, a.mesh_inside)
+    return {
+        "num_heads": num_heads,
+        "strategy": a.strategy,
+        "kernel": config.model.attention_kernel,
+        "heads_per_chunk": a.fixed_heads_per_chunk,
+        "balance": a.fixed_balance,
+        "mesh": mesh,
+    }
 
 
 def both_halves(

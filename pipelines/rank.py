@@ -55,7 +55,6 @@ from videopipe.messages import (
     StopRank,
     ToRank,
 )
-from videopipe.partition import Mesh
 from videopipe.runtime import PeerLink, Runtime, device_name, end_runtime, peak_memory_bytes, start_runtime, synchronize
 from videopipe.trace import SpanRecorder
 
@@ -128,14 +127,6 @@ def _join(spec: RankSpec, device: torch.device) -> Runtime:
         store = dist.PrefixStore(
             spec.store_prefix, dist.TCPStore(host, int(port), is_master=False, wait_for_workers=False)
         )
-    mesh, half_mesh, attention, members = None, None, spec.config.attention, spec.config.groups.dit_ranks
-    halved = attention.cfg_parallel == "on"
-    if attention.strategy == "usp":
-        model = spec.config.model
-        facts = load_family(model.family).facts(Checkpoint(model.weights, model.revision))
-        mesh = Mesh.choose(members, facts.num_heads, attention.ulysses_degree, attention.mesh_inside)
-        if halved:
-            half_mesh = Mesh.choose(members // 2, facts.num_heads, attention.ulysses_degree, attention.mesh_inside)
     return start_runtime(
         rank=spec.rank,
         world_size=spec.world_size,
@@ -144,9 +135,7 @@ def _join(spec: RankSpec, device: torch.device) -> Runtime:
         store=store,
         helper_sets=spec.config.helper_sets,
         timeout_s=2 * spec.config.faults.hang_timeout_s + 60,
-        mesh=mesh,
-        halved=halved,
-        half_mesh=half_mesh,
+        halved=spec.config.attention.cfg_parallel == "on",
         decode_teams=spec.config.decode_teams,
     )
 

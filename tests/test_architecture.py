@@ -8,7 +8,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from importlinter import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("videopipe", "dit_group", "vae_group", "pipelines")
@@ -86,10 +85,18 @@ def test_a_model_that_knows_of_parallelism_is_noticed(line: str) -> None:
     assert knows_parallelism(line)
 
 
+def contracts_hold(config: Path) -> bool:
+    """In a process of its own: import-linter silences every logger that exists."""
+    command = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    arguments = ["--config", str(config), "--no-cache"]
+    todo = [sys.executable, "-c", command, *arguments]
+    done = subprocess.run(todo, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert "Contracts: " in done.stdout, done.stdout + done.stderr
+    return done.returncode == 0
+
+
 def test_the_contracts_of_pyproject_hold() -> None:
-    assert cli.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == cli.EXIT_STATUS_SUCCESS, (
-        "run `lint-imports` for the report"
-    )
+    assert contracts_hold(ROOT / "pyproject.toml"), "run `lint-imports` for the report"
 
 
 def test_a_broken_contract_fails(tmp_path: Path) -> None:
@@ -99,7 +106,7 @@ def test_a_broken_contract_fails(tmp_path: Path) -> None:
     right = 'layers = ["pipelines", "dit_group | vae_group", "videopipe"]'
     assert right in text
     config.write_text(text.replace(right, 'layers = ["videopipe", "dit_group | vae_group", "pipelines"]'))
-    assert cli.lint_imports(config_filename=str(config), no_cache=True) == cli.EXIT_STATUS_ERROR
+    assert not contracts_hold(config)
 
 
 def cycles() -> set[tuple[str, str]]:

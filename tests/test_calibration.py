@@ -4,9 +4,9 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dit_group.attention import SequenceParallel
 from dit_group.calibrate import calibrate
-from dit_group.call import run_call
 from dit_group.kernels import sdpa
+from dit_group.ulysses import Ulysses
 from pipelines import HunyuanVideoPipeline, cli
 from pipelines.calibration import Calibrations, rules_of, shape_of
 from pipelines.calibration_cache import CalibrationCache, setup_of
@@ -54,6 +54,7 @@ class SleepyPart:
     seconds_per_head: float
     leads: bool
     per_call_s: float = 0.0
+    projection_s: float = 0.0
 
     @property
     def layer_kinds(self) -> tuple[tuple[int, int], ...]:
@@ -62,14 +63,25 @@ class SleepyPart:
     def layer(self, index: int, shape: Shape) -> Callable[[], object]:
         tokens = self.parallel.sequence.counts[self.parallel.member] if self.leads else 0
         x = torch.zeros(shape.rows, tokens, self.parallel.num_heads, 4)
-        return lambda: run_call(self.parallel.begin(self._kernel), x, x, x)
+
+        def run() -> Tensor:
+            call = self.parallel.begin(self._kernel)
+            for send in (call.value, call.key, call.query):
+                time.sleep(self.projection_s)
+                send(x)
+            call.attend()
+            return call.output()
+
+        return run
 
     def _kernel(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         time.sleep(self.per_call_s + self.seconds_per_head * q.shape[2] * q.shape[1] / k.shape[1])
         return sdpa(q, k, v, key_mask)
 
 
-def measure(runtime: Runtime, num_heads: int, member_s: float, helper_s: tuple[float, ...]) -> list[Any]:
+def measure(
+    runtime: Runtime, num_heads: int, member_s: float, helper_s: tuple[float, ...], projection_s: float
+) -> list[Any]:
     """The calibration of sleepy ranks, as JSON; the DiT ranks come first, then one helper for each of `helper_s`."""
     members = runtime.world_size - len(helper_s)
     helpers = tuple(range(members, runtime.world_size))
@@ -94,16 +106,18 @@ def measure(runtime: Runtime, num_heads: int, member_s: float, helper_s: tuple[f
         num_heads=num_heads, members=members, choose_chunks=True, balance=None, helper_sets=tuple(sets),
         choose_helpers=True,
     )  # fmt: skip
-    part = SleepyPart(parallel, seconds, leads=runtime.dit_member is not None)
-    found = calibrate(part, runtime, Shape(num_video=40, num_text=4), rules, budget_s=3.0)
+    part = SleepyPart(parallel, seconds, leads=runtime.dit_member is not None, projection_s=projection_s)
+    found = calibrate(part, runtime, Shape(num_video=40, num_text=4), rules, budget_s=6.0)
     leave(runtime)
     return msgspec.to_builtins(found)  # type: ignore[no-any-return]
 
 
-def measured(num_heads: int, members: int, member_s: float, helper_s: tuple[float, ...]) -> Calibration:
-    world_size = members + len(helper_s)
+def measured(
+    num_heads: int, members: int, member_s: float, helper_s: tuple[float, ...], projection_s: float = 0.0
+) -> Calibration:
+    world_size, dit_ranks = members + len(helper_s), tuple(range(members))
     answers = run_ranks(
-        measure, world_size, num_heads, member_s, helper_s, dit_ranks=tuple(range(members)), timeout=120
+        measure, world_size, num_heads, member_s, helper_s, projection_s, dit_ranks=dit_ranks, timeout=120
     )
     assert all(answer["chosen"] == answers[0]["chosen"] for answer in answers)  # the same on all ranks,
     assert all(answer["timings"] == answers[0]["timings"] for answer in answers)  # since all see the same times
@@ -130,6 +144,41 @@ def test_a_slow_helper_is_not_lent() -> None:
 def test_leftover_heads_are_divided_where_that_is_faster() -> None:
     found = measured(3, 2, 0.060, ())
     assert found.chosen[0].balance == "rows"  # 1.5 heads each in place of 2 and 1
+
+
+@pytest.mark.parametrize("projection_s", [0.0, 0.1])
+def test_v_and_k_leave_early_as_far_as_projections_hide_them(projection_s: float) -> None:
+    """No time passes between the projections, or far more than tensors of this size travel."""
+    ways = [timing.arrangement for timing in measured(6, 2, 0.002, (), projection_s).timings]
+    in_chunks = [way for way in ways if way.num_chunks(6, 2) > 1]
+    assert in_chunks and all(way.early_chunks is None for way in ways if way not in in_chunks)
+    assert {way.early_chunks for way in in_chunks} == (
+        {way.num_chunks(6, 2) for way in in_chunks} if projection_s else {1}
+    )
+
+
+def test_chunks_are_counted_as_they_are_cut_and_as_many_leave_early() -> None:
+    group = cast(dist.ProcessGroup, object())  # nothing is sent
+    for num_heads, members, lent in product((3, 8, 24, 26), (2, 3, 4), (0, 1, 2)):
+        helpers = tuple(range(members, members + lent))
+        rules = Rules(
+            num_heads=num_heads, members=members, choose_chunks=True, balance=None, helper_sets=(helpers,),
+            choose_helpers=lent != 2,
+        )  # fmt: skip
+        ways = list(ways_without_helpers(rules))
+        if lent:
+            ways += ways_with_helpers(rules, Arrangement(heads_per_chunk=2), helpers, 1.0, [0.5] * lent)
+        parallel = SequenceParallel(
+            group=group, member=0, members=members, num_heads=num_heads, assist_groups={helpers: group}
+        )
+        for way in ways:
+            chunks = way.num_chunks(num_heads, members)
+            for early, expected in ((None, -(-chunks // 2)), (1, 1), (chunks, chunks)):
+                told = msgspec.structs.replace(way, early_chunks=early)
+                plan = parallel.lay_out_as(told, 40, 4).attention
+                assert isinstance(plan, Ulysses)
+                assert len(plan.chunks) == chunks, way
+                assert plan.early_parts == expected, told
 
 
 # -- what is kept

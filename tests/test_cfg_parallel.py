@@ -29,10 +29,10 @@ from tests.traffic import watched
 from tools.tiny_open_sora_plan import make_open_sora_plan
 from videopipe.config import ConfigError, load_config
 from videopipe.geometry import VideoSpec
-from videopipe.partition import JointSequence, Mesh, Partition, split_evenly
+from videopipe.partition import JointSequence, Partition, split_evenly
 from videopipe.quality.trace import trace
 from videopipe.records import VideoRequest
-from videopipe.runtime import Runtime, start_branches, start_mesh
+from videopipe.runtime import Runtime, start_branches
 
 TOLERANCE = 1e-5
 HEADS = 4
@@ -47,15 +47,9 @@ WAYS: tuple[dict[str, Any], ...] = (
 )
 
 
-def halved(runtime: Runtime, **attention: Any) -> Runtime:
-    """The same rank with groups for two halves, and the meshes that the strategy needs."""
-    ranks, mesh, half_mesh = runtime.dit_ranks, None, None
-    if attention.get("strategy") == "usp":
-        degree, inside = attention.get("ulysses_degree", 0), attention.get("mesh_inside", "ulysses")
-        mesh, half_mesh = (Mesh.choose(len(ranks) // parts, HEADS, degree, inside) for parts in (1, 2))
-        groups = start_mesh(mesh, rank=runtime.rank, dit_ranks=ranks, device=runtime.device)
-        runtime = dataclasses.replace(runtime, mesh=groups)
-    branches = start_branches(rank=runtime.rank, dit_ranks=ranks, device=runtime.device, half_mesh=half_mesh)
+def halved(runtime: Runtime) -> Runtime:
+    """The same rank with groups for two halves."""
+    branches = start_branches(rank=runtime.rank, dit_ranks=runtime.dit_ranks, device=runtime.device)
     return dataclasses.replace(runtime, branches=branches)
 
 
@@ -118,7 +112,7 @@ def render_both(runtime: Runtime, path: str, expected: Arrays) -> dict[str, floa
     """A request with guidance and one without, their steps in turn."""
     found = {}
     for settings in WAYS:
-        denoiser = hunyuan(path, halved(runtime, **settings), **settings)
+        denoiser = hunyuan(path, halved(runtime), **settings)
         runs = {name: start_hunyuan(denoiser, name) for name in (GUIDED, "odd sizes")}
         for step in range(2):
             for run in runs.values():

@@ -20,7 +20,7 @@ from tests.ranks import RanksError, leave, run_ranks
 from videopipe import exchange
 from videopipe.exchange import Buffers, Exchange, PendingExchange
 from videopipe.partition import JointSequence, Mesh, Partition, split_evenly
-from videopipe.runtime import Runtime, start_mesh
+from videopipe.runtime import Runtime
 
 HEAD_DIM = 4
 MESHES = {2: Mesh(2, 1), 3: Mesh(1, 3), 4: Mesh(2, 2)}
@@ -110,7 +110,6 @@ WAYS += [("ring", {}), ("usp", {}), ("usp", {"heads_per_chunk": 1})]
 def check_strategies(runtime: Runtime, ways: int) -> tuple[int, int]:
     """Three layers of each way, one after the other on the same buffers; outputs of all are kept and compared last."""
     member, members, heads = runtime.rank, runtime.world_size, 5
-    mesh = start_mesh(MESHES[members], rank=member, dit_ranks=runtime.dit_ranks, device=runtime.device)
     buffers, checked = Poisoned(), 0
     for (strategy, options), batch in product(WAYS[:ways], (1, 2)):
         counts = JointSequence.even(17, 4, members).counts
@@ -124,7 +123,7 @@ def check_strategies(runtime: Runtime, ways: int) -> tuple[int, int]:
             key_mask=None,
             buffers=buffers,
             **options,
-            **({"mesh": mesh} if strategy == "usp" else {}),
+            **({"mesh": MESHES[members]} if strategy == "usp" else {}),
         )
         outputs = []
         for layer in range(3):

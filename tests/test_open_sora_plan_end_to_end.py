@@ -1,5 +1,6 @@
 """Open-Sora-Plan through real processes on any group sizes: the same latents and frames as in one process."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipelines.open_sora_plan import (
     prompt_rows,
     render_frames,
     text_context,
+    trim_text,
 )
 from pipelines.open_sora_plan_attention import LayerKernel
 from pipelines.open_sora_plan_family import OpenSoraPlan
@@ -96,7 +98,7 @@ def one_process(parts: OpenSoraPlanParts, seed: int = 5, scale: float = SCALE, n
     text = encode_prompt(parts.tokenizer, parts.text_encoder, prompt_rows(PROMPT, negative, scale), 160)
     latents = denoise(
         parts.transformer,
-        text_context(parts.transformer, text),
+        text_context(parts.transformer, trim_text(text)),
         SPEC,
         num_inference_steps=STEPS,
         guidance_scale=scale,
@@ -189,6 +191,26 @@ def test_clips_are_the_same_with_help(
     assert "assist" in stages
 
 
+def test_the_text_is_projected_once_for_all_steps_of_a_clip(checkpoint: Path) -> None:
+    """Keys and values of all cross-attentions; what a step computes of the text would be counted as more."""
+    alone = Runtime(rank=0, world_size=1, device=torch.device("cpu"), dit_ranks=(0,))
+    weights = {"family": "open-sora-plan", "weights": str(checkpoint)}
+    config = load_config({"model": weights, "groups": {"vae_ranks": 0, "text_encoder": "dit"}})
+    family = OpenSoraPlan()
+    conditioning = family.load_text_encoder(Checkpoint(str(checkpoint)), config, alone).encode(request(), {})
+    denoiser = family.load_denoiser(Checkpoint(str(checkpoint)), config, alone)
+    assert isinstance(denoiser, OpenSoraPlanDenoiser)
+    model, calls = denoiser.transformer, Counter[str]()
+    cross = [layer for block in model.blocks() for layer in (block.attn2.to_k, block.attn2.to_v)]
+    for name, layers in (("once", [model.caption_projection, *cross]), ("each step", [model.proj_out])):
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda module, args, name=name: calls.update([name]))
+    run = denoiser.begin(request(), conditioning, draw_noise(denoiser.latent_shape(request()), 5))
+    for step in range(STEPS):
+        run.step(step)
+    assert calls == {"once": 1 + 2 * 6, "each step": STEPS}
+
+
 # -- twins: what would make another clip
 
 
@@ -261,6 +283,9 @@ def test_a_request_that_cannot_be_rendered_is_refused(changes: dict[str, object]
         ("model.attention_kernel=math", "model.attention_kernel='math' does not go with the skip-sparse attention"),
         ("attention.balance=rows", "attention.balance='rows' does not go with the skip-sparse attention"),
         ("memory.precompute_modulation=true", "memory.precompute_modulation=true: model.family='open-sora-plan' has"),
+        ("decode.tile_height=256", "decode.tile_height=256 means nothing to model.family='open-sora-plan', whose"),
+        ("decode.tile_overlap_frames=4", "decode.tile_overlap_frames=4 means nothing to model.family='open-sora-plan'"),
+        ("decode.tile_preset=official", "decode.tile_preset='official' means nothing to model.family='open-sora-plan'"),
     ],
 )
 def test_options_of_other_families_are_refused(checkpoint: Path, setting: str, message: str) -> None:

@@ -63,6 +63,11 @@ def inputs(
     }
 
 
+def attend_by(model: OpenSoraPlanTransformer3DModel, attend: osp.Attend) -> None:
+    for block in model.blocks():
+        block.attn1.set_processor(osp.SelfAttnProcessor(block.sparse, attend))
+
+
 def worst(a: Tensor, b: Tensor) -> float:
     assert a.shape == b.shape
     return float((a - b).abs().max())
@@ -121,7 +126,7 @@ def test_forgotten_padding_mask_is_noticed(recorded: Recorded, model: OpenSoraPl
         )
         return skip_sparse_attention(q, k, v, sparse=sparse, key_bias=None)[:, :105]
 
-    model.set_attend(forgetful)
+    attend_by(model, forgetful)
     sample = model(**recorded.part("video_pad/inputs")).sample
     assert worst(sample, recorded.tensors["video_pad/outputs/sample"]) > 0.1
 
@@ -295,7 +300,7 @@ def test_attention_can_be_computed_in_pieces_of_heads() -> None:
         ]
         return torch.cat(heads, dim=2)
 
-    model.set_attend(by_head)
+    attend_by(model, by_head)
     assert worst(model(**given).sample, whole) < 1e-6
     assert calls == ["dense", "dense", "single", "group"]
 
@@ -316,11 +321,11 @@ def test_all_but_self_attention_acts_on_each_token_alone(owned: slice) -> None:
 
     tokens: list[Tensor] = []
     handle = model.proj_out.register_forward_hook(lambda _, __, out: tokens.append(out))
-    model.set_attend(keep)
+    attend_by(model, keep)
     model(**given)
     handle.remove()
 
-    model.set_attend(replay)
+    attend_by(model, replay)
     model.pos_embed.register_forward_hook(lambda _, __, out: out[:, owned])
     model.rotary.register_forward_hook(lambda _, __, out: tuple(x[owned] for x in out))
 

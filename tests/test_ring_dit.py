@@ -1,6 +1,5 @@
 """The real tiny HunyuanVideo DiT with 24 heads under ring and USP gives what diffusers gives in one process."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,7 @@ from tests.ranks import leave, run_ranks
 from tests.test_sharded_dit import CASES, TOLERANCE, Arrays, by_diffusers, by_us, relative
 from tools.make_tiny_checkpoint import make_hunyuan_video
 from videopipe.config import ConfigError, load_config
-from videopipe.partition import Mesh
-from videopipe.runtime import Runtime, start_mesh
+from videopipe.runtime import Runtime
 
 HEADS = 24
 WAYS: tuple[dict[str, Any], ...] = (
@@ -48,10 +46,6 @@ def make_denoiser(path: str, runtime: Runtime, settings: dict[str, Any]) -> Huny
     config = load_config(
         {"model": {"weights": path}, "groups": {"dit_ranks": members}, "attention": settings},
     )
-    if config.attention.strategy == "usp":
-        mesh = Mesh.choose(members, HEADS, config.attention.ulysses_degree, config.attention.mesh_inside)
-        groups = start_mesh(mesh, rank=runtime.rank, dit_ranks=runtime.dit_ranks, device=runtime.device)
-        runtime = dataclasses.replace(runtime, mesh=groups)
     return HunyuanVideoDenoiser(Checkpoint(path), config, runtime)
 
 

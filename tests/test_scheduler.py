@@ -25,6 +25,7 @@ from videopipe.scheduler import (
     Step,
     Submitted,
     Topology,
+    _Denoising,
     helper_sets,
 )
 
@@ -347,10 +348,10 @@ class CreditOfTheFirstMember(Scheduler):
 class LendsWhoHasEnded(Scheduler):
     """Takes a member for idle while its team decodes."""
 
-    def _helpers(self) -> tuple[int, ...]:
+    def _helpers(self, run: _Denoising) -> tuple[int, ...]:
         if self.queue.waiting or self._blocked is not None or self._encoding:
             return ()
-        return next((helpers for helpers in self._helper_sets if not set(self._decoding) & set(helpers)), ())
+        return next((helpers for helpers in run.helper_sets if not set(self._decoding) & set(helpers)), ())
 
 
 class SkipsOneMember(Scheduler):
@@ -451,8 +452,8 @@ class Shuffled(FakeRanks):
 class LendsAnyRank(Scheduler):
     """Takes idleness for granted."""
 
-    def _helpers(self, run: object) -> tuple[int, ...]:
-        return self._helper_sets[0] if self._helper_sets else ()
+    def _helpers(self, run: _Denoising) -> tuple[int, ...]:
+        return run.helper_sets[0] if run.helper_sets else ()
 
 
 class HelperIsNotTold(FakeRanks):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from dit_group.attention import SequenceParallel
 from dit_group.denoise import Denoising, draw_noise
-from dit_group.plan import Gather, apply_plan
 from dit_group.shards import gather_latents, patchify, unpatchify
 from pipelines.checkpoint import Checkpoint
 from pipelines.hunyuan_video_parts import HunyuanVideoDenoiser
@@ -135,21 +134,18 @@ def blocks_bytes(denoiser: OpenSoraPlanDenoiser, ranks: int, member: int) -> tup
 
 @contextmanager
 def gathering_every_step(denoiser: HunyuanVideoDenoiser | OpenSoraPlanDenoiser) -> Iterator[None]:
-    """The prediction is made whole by an all-gather, as it used to be."""
+    """The prediction is made whole by an all-gather."""
     hooks, parallel = denoiser.transformer.proj_out._forward_hooks, denoiser._parallel
     assert parallel is not None
     placing = dict(hooks)
     hooks.clear()
-    if isinstance(denoiser, HunyuanVideoDenoiser):
-        apply_plan(denoiser.transformer, [Gather(module="proj_out", dim=1, stream="video")], parallel)
-    else:
 
-        def gather(module: torch.nn.Module, args: object, output: Tensor) -> Tensor:
-            layout = parallel.layout  # as the tokens lie behind the last block
-            whole = gather_tokens(output, layout.sequence.video_counts, parallel.group, parallel.member)
-            return layout.in_sequence(whole)
+    def gather(module: torch.nn.Module, args: object, output: Tensor) -> Tensor:
+        layout = parallel.layout  # as the tokens lie behind the last block
+        whole = gather_tokens(output, layout.sequence.video_counts, parallel.group, parallel.member)
+        return layout.in_sequence(whole)
 
-        denoiser.transformer.proj_out.register_forward_hook(gather)
+    denoiser.transformer.proj_out.register_forward_hook(gather)
     yield
     hooks.clear()
     hooks.update(placing)

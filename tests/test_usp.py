@@ -16,7 +16,7 @@ from pipelines.explain import RankPlan, explain_config
 from tests.ranks import leave, run_ranks
 from videopipe.config import ConfigError, load_config
 from videopipe.partition import JointSequence, Mesh, ring_bytes, split_evenly
-from videopipe.runtime import MeshGroups, Runtime, start_mesh
+from videopipe.runtime import Runtime
 
 HEAD_DIM = 8
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -34,15 +34,6 @@ def tensors(batch: int, tokens: int, heads: int, dtype: torch.dtype) -> list[Ten
 def relative(ours: Tensor, other: Tensor) -> float:
     assert ours.shape == other.shape and ours.dtype == other.dtype
     return float((ours - other).double().norm() / other.double().norm().clamp_min(1e-30))
-
-
-def join(runtime: Runtime, degree: int, inside: Inside) -> MeshGroups:
-    members = len(runtime.dit_ranks)
-    mesh = start_mesh(
-        Mesh(degree, members // degree, inside), rank=runtime.rank, dit_ranks=runtime.dit_ranks, device=runtime.device
-    )
-    assert mesh is not None
-    return mesh
 
 
 # -- the arithmetic of the mesh
@@ -86,7 +77,7 @@ WAYS: list[tuple[int | None, Balance]] = [(None, "heads"), (1, "heads"), (2, "ro
 def check_all(runtime: Runtime) -> int:
     member, members, checked = runtime.rank, runtime.world_size, 0
     meshes = [
-        join(runtime, degree, inside)
+        Mesh(degree, members // degree, inside)
         for degree in range(1, members + 1)
         if members % degree == 0
         for inside in (("ulysses", "ring") if 1 < degree < members else ("ulysses",))
@@ -112,7 +103,7 @@ def check_all(runtime: Runtime) -> int:
             )
             ours = usp(q[:, own], k[:, own], v[:, own])
             truth = math(q, k, v, mask)[:, own]
-            assert relative(ours, truth) <= TOLERANCE[dtype], (mesh.mesh, counts, heads, masked, chunk, balance)
+            assert relative(ours, truth) <= TOLERANCE[dtype], (mesh, counts, heads, masked, chunk, balance)
             checked += 1
     leave(runtime)
     return checked
@@ -125,16 +116,11 @@ def test_usp_equals_one_process(world_size: int, meshes: int) -> None:
 
 
 def check_beside_others(runtime: Runtime) -> None:
-    """Ranks outside of the DiT group make the same groups and are in none of them."""
-    mesh = start_mesh(Mesh(2, 2), rank=runtime.rank, dit_ranks=runtime.dit_ranks, device=runtime.device)
+    """Ranks outside of the DiT group take no part."""
     member = runtime.dit_member
-    if member is None:
-        assert mesh is None
-    else:
-        assert mesh is not None
-        counts = split_evenly(17, 4)
+    if member is not None:
         parallel = SequenceParallel(
-            group=runtime.exchange_group, member=member, members=4, num_heads=3, strategy="usp", mesh=mesh
+            group=runtime.exchange_group, member=member, members=4, num_heads=3, strategy="usp", mesh=Mesh(2, 2)
         )
         valid = torch.arange(4)[None] < 2
         layout = parallel.lay_out(13, 4, valid)
@@ -163,7 +149,7 @@ def check_bytes(runtime: Runtime) -> None:
     exchange = dist.all_to_all_single
     insides: tuple[Inside, ...] = ("ulysses", "ring")
     for inside in insides:
-        mesh = join(runtime, 2, inside)
+        mesh = Mesh(2, members // 2, inside)
         sent: dict[int, int] = {}  # to each rank of the run
 
         def count(received: Tensor, x: Tensor, *, watched: dict[int, int] = sent, **more: object) -> dist.Work | None:
@@ -187,16 +173,16 @@ def check_bytes(runtime: Runtime) -> None:
         with pytest.MonkeyPatch.context() as patch:  # a test may look where the code may not
             patch.setattr(dist, "all_to_all_single", count)
             usp(q[:, own], k[:, own], v[:, own])
-        line, ring = mesh.mesh.ulysses_members(member), mesh.mesh.ring_members(member)
+        line, ring = mesh.ulysses_members(member), mesh.ring_members(member)
         (other,) = set(line) - {member}
         mine = split_evenly(heads, 2)[line.index(member)]
         element = HEAD_DIM * 4
         expected = {}  # nothing goes to the others, though they are in the same group
         expected[other] = (3 * counts[member] * (heads - mine) + counts[other] * mine) * element
         following = ring[(ring.index(member) + 1) % len(ring)]
-        brought = sum(counts[peer] for peer in mesh.mesh.ulysses_members(following))
+        brought = sum(counts[peer] for peer in mesh.ulysses_members(following))
         expected[following] = 2 * (25 - brought) * mine * element
-        blocks = [sum(counts[peer] for peer in mesh.mesh.ulysses_members(r)) for r in ring]
+        blocks = [sum(counts[peer] for peer in mesh.ulysses_members(r)) for r in ring]
         assert expected[following] == ring_bytes(blocks, ring.index(member), 1, mine, HEAD_DIM, 4)
         assert sent == expected, (inside, sent, expected)
     leave(runtime)
@@ -218,9 +204,9 @@ def check_twins(runtime: Runtime) -> dict[str, float]:
     mask = torch.arange(28)[None] % 3 != 1
     mask[:, : counts[0]] = False
     truth = math(q, k, v, mask)[:, own]
-    across, near = join(runtime, 2, "ring"), join(runtime, 2, "ulysses")
+    across, near = Mesh(2, members // 2, "ring"), Mesh(2, members // 2)
 
-    def make(mesh: MeshGroups, key_mask: Tensor = mask) -> Usp:
+    def make(mesh: Mesh, key_mask: Tensor = mask) -> Usp:
         return Usp(
             group=runtime.exchange_group,
             member=member,
@@ -253,8 +239,8 @@ def test_mistakes_are_far_from_the_truth() -> None:
         assert worst <= 1e-10 if mistake.startswith("nothing wrong") else worst > 1e-2, (mistake, worst)
 
 
-@pytest.mark.parametrize("mesh", [None, MeshGroups(mesh=Mesh(1, 1), ulysses=None, ring=None)])
-def test_a_mesh_of_another_size_is_refused(mesh: MeshGroups | None) -> None:
+@pytest.mark.parametrize("mesh", [None, Mesh(1, 1)])
+def test_a_mesh_of_another_size_is_refused(mesh: Mesh | None) -> None:
     with pytest.raises(ValueError, match=r"mesh of (None|1) members cannot hold 2"):
         Usp(group=None, member=0, token_counts=(3, 4), num_heads=2, kernel=sdpa, key_mask=None, mesh=mesh)
 

@@ -38,7 +38,7 @@ from videopipe.arrangement import Balance
 from videopipe.exchange import Buffers
 from videopipe.files import write_bytes
 from videopipe.partition import JointSequence, Mesh
-from videopipe.runtime import MeshGroups, Runtime, end_runtime, start_mesh, start_runtime, synchronize
+from videopipe.runtime import Runtime, end_runtime, start_runtime, synchronize
 from videopipe.scheduler import helper_sets
 
 
@@ -108,7 +108,7 @@ def variants(case: Case) -> list[Variant]:
 class Layer:
     """Projections, attention and output projection of one member's tokens, for one variant."""
 
-    def __init__(self, case: Case, runtime: Runtime, variant: Variant, mesh: MeshGroups | None) -> None:
+    def __init__(self, case: Case, runtime: Runtime, variant: Variant, mesh: Mesh | None) -> None:
         self._runtime = runtime
         ranks, heads, dim = case.ranks, case.heads, case.head_dim
         self._heads = heads
@@ -213,10 +213,8 @@ def be_rank(rank: int, case: Case, folder: str, results: "multiprocessing.Queue[
     )
     layers = {}
     for variant in variants(case):
-        mesh, degree = None, variant.ulysses_degree
-        if degree:
-            shape = Mesh(degree, ranks // degree)
-            mesh = start_mesh(shape, rank=rank, dit_ranks=runtime.dit_ranks, device=device)
+        degree = variant.ulysses_degree
+        mesh = Mesh(degree, ranks // degree) if degree else None
         layers[variant.name] = Layer(case, runtime, variant, mesh)
     seconds: dict[str, list[float]] = {name: [] for name in layers}
     repetitions = case.repetitions

@@ -37,8 +37,8 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
     """How heads are divided among DiT ranks and `helpers`, and in which chunks they travel.
 
-    `heads_per_chunk`, `balance`, `head_counts`, `helpers_first`: as for `dit_group.ulysses.Ulysses`; counts are of the
-    DiT ranks in order, then of the helpers.
+    `heads_per_chunk`, `balance`, `head_counts`, `helpers_first`, `early_chunks`: as for `dit_group.ulysses.Ulysses`;
+    counts are of the DiT ranks in order, then of the helpers.
     """
 
     helpers: tuple[int, ...] = ()
@@ -46,6 +46,17 @@ class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
     balance: Balance = "heads"
     head_counts: tuple[int, ...] | None = None
     helpers_first: bool = False
+    early_chunks: int | None = None
+
+    def num_chunks(self, num_heads: int, members: int) -> int:
+        """Into how many chunks whole heads are cut among `members` DiT ranks and the helpers."""
+        ranks = members + len(self.helpers)
+        counts = self.head_counts
+        if counts is None:
+            counts = split_evenly(num_heads - num_heads % ranks if self.balance == "rows" else num_heads, ranks)
+        lent_first = self.helpers_first and any(counts[members:])
+        busiest = max(counts[:members] if lent_first else counts)
+        return lent_first + (min(busiest, 1) if self.heads_per_chunk is None else -(-busiest // self.heads_per_chunk))
 
     def describe(self) -> str:
         """For people: `2 heads a chunk, leftover heads by rows, rank 7 helps with 3 heads`."""
@@ -60,6 +71,8 @@ class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
             parts.append(f"{'ranks' if several else 'rank'} {ranks} {'help' if several else 'helps'} with {shares}")
         if self.helpers_first:
             parts.append("theirs first")
+        if self.early_chunks is not None:
+            parts.append(f"v and k of {self.early_chunks} early")
         return ", ".join(parts)
 
 

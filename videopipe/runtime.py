@@ -13,18 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store
 
-from videopipe.partition import Mesh
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MeshGroups:
-    """One DiT member's two groups on a mesh; None where that axis has one member."""
-
-    mesh: Mesh
-    ulysses: dist.ProcessGroup | None
-    ring: dist.ProcessGroup | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,13 +21,12 @@ class HalfGroups:
     """One half of the DiT group, as one rank sees it: its ranks, and the groups of the half that this rank is in.
 
     `group` is None outside of the half and where it has one rank; `assist_groups` join the half with each set of VAE
-    ranks that may be lent to it, `mesh` has its two axes where the attention strategy needs them.
+    ranks that may be lent to it.
     """
 
     ranks: tuple[int, ...]
     group: dist.ProcessGroup | None = None
     assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
-    mesh: MeshGroups | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +45,8 @@ class Runtime:
     """One rank of a run.
 
     `exchange_group` joins the DiT ranks and carries activations on their devices (NCCL, or gloo on CPU); None with
-    one DiT rank or on other ranks. `mesh` has its subgroups where the attention strategy needs two axes, and
-    `assist_groups` join the DiT ranks with each set of VAE ranks that may be lent to them (attention co-processing).
+    one DiT rank or on other ranks. `assist_groups` join the DiT ranks with each set of VAE ranks that may be lent to
+    them (attention co-processing).
     `branches` are its two halves, where they evaluate the two branches of guidance side by side.
     `decode_team` are the ranks that decode a clip together with this one, joined by `decode_group`; empty on a rank
     that does not decode, and no group for one that decodes alone.
@@ -73,7 +61,6 @@ class Runtime:
     exchange_group: dist.ProcessGroup | None = None
     peers: dist.ProcessGroup | None = None
     assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
-    mesh: MeshGroups | None = None
     branches: BranchGroups | None = None
     decode_team: tuple[int, ...] = ()
     decode_group: dist.ProcessGroup | None = None
@@ -98,9 +85,7 @@ def start_runtime(
     store: Store | None,
     helper_sets: Sequence[tuple[int, ...]] = (),
     timeout_s: float = 1800.0,
-    mesh: Mesh | None = None,
     halved: bool = False,
-    half_mesh: Mesh | None = None,
     decode_teams: Sequence[tuple[int, ...]] = (),
 ) -> Runtime:
     """Join the process groups of a run. Collective over all ranks; with one rank there is nothing to join.
@@ -109,48 +94,31 @@ def start_runtime(
         store: rendezvous of all ranks; None only where world_size is 1.
         helper_sets: sets of VAE ranks that may be lent to the DiT group.
         timeout_s: when a collective gives up by itself; the engine's own fault detection is much faster.
-        mesh: two axes of the DiT ranks, where the attention strategy needs them.
         halved: the DiT ranks shall also have groups for the two halves that CFG parallelism needs; their number is
-            even. `half_mesh` has the axes of one half.
+            even.
         decode_teams: the ranks that decode a clip together, team by team.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     team = next((team for team in decode_teams if rank in team), ())
     if world_size == 1:
-        alone = None if mesh is None else MeshGroups(mesh=mesh, ulysses=None, ring=None)
-        return Runtime(rank=rank, world_size=1, device=device, dit_ranks=dit_ranks, mesh=alone, decode_team=team)
+        return Runtime(rank=rank, world_size=1, device=device, dit_ranks=dit_ranks, decode_team=team)
     assert store is not None
     timeout = datetime.timedelta(seconds=timeout_s)
-    backend = _backend(device)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    # every rank makes every group in the same order; a lazy build inside a step could deadlock
-    exchange_group = dist.new_group(list(dit_ranks), timeout=timeout, backend=backend) if len(dit_ranks) > 1 else None
+    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=world_size, timeout=timeout)
     peers = dist.new_group(list(range(world_size)), timeout=timeout, backend="gloo")
-    assist_groups = {}
-    for helpers in helper_sets:
-        members = (*dit_ranks, *helpers)
-        group = dist.new_group(list(members), timeout=timeout, backend=backend)
-        if rank in members:
-            assist_groups[helpers] = group
-    if rank not in dit_ranks:
-        exchange_group = None
-    if exchange_group is not None:
-        dist.all_reduce(torch.zeros(1, device=device), group=exchange_group)  # builds the connections now
-    groups = None
-    if mesh is not None:
-        groups = start_mesh(mesh, rank=rank, dit_ranks=dit_ranks, device=device, timeout_s=timeout_s)
+
+    def join(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        return _join(ranks, rank=rank, device=device, timeout_s=timeout_s)
+
+    exchange_group = join(dit_ranks) if len(dit_ranks) > 1 else None
+    assist = {helpers: join((*dit_ranks, *helpers)) for helpers in helper_sets}
     branches = None
     if halved:
         branches = start_branches(
-            rank=rank,
-            dit_ranks=dit_ranks,
-            device=device,
-            helper_sets=helper_sets,
-            timeout_s=timeout_s,
-            half_mesh=half_mesh,
+            rank=rank, dit_ranks=dit_ranks, device=device, helper_sets=helper_sets, timeout_s=timeout_s
         )
-    decode_group = _start_teams(decode_teams, rank=rank, device=device, timeout_s=timeout_s)
+    joined = [join(team) for team in decode_teams if len(team) > 1]
     return Runtime(
         rank=rank,
         world_size=world_size,
@@ -158,52 +126,11 @@ def start_runtime(
         dit_ranks=dit_ranks,
         exchange_group=exchange_group,
         peers=peers,
-        assist_groups=assist_groups,
-        mesh=groups,
+        assist_groups={helpers: group for helpers, group in assist.items() if group is not None},
         branches=branches,
         decode_team=team,
-        decode_group=decode_group,
+        decode_group=next((group for group in joined if group is not None), None),
     )
-
-
-def _start_teams(
-    teams: Sequence[tuple[int, ...]], *, rank: int, device: torch.device, timeout_s: float
-) -> dist.ProcessGroup | None:
-    """Join the group of this rank's team. Collective over all ranks, those of no team included."""
-    own = None
-    for team in teams:
-        if len(team) > 1:
-            group = dist.new_group(list(team), timeout=datetime.timedelta(seconds=timeout_s), backend=_backend(device))
-            own = group if rank in team else own
-    if own is not None:
-        dist.all_reduce(torch.zeros(1, device=device), group=own)  # builds the connections now
-    return own
-
-
-def start_mesh(
-    mesh: Mesh, *, rank: int, dit_ranks: tuple[int, ...], device: torch.device, timeout_s: float = 1800.0
-) -> MeshGroups | None:
-    """Join the groups of a mesh of the DiT ranks. Collective over all ranks, those outside of it included.
-
-    Returns:
-        None on ranks outside of the DiT group.
-    """
-    assert mesh.members == len(dit_ranks), (mesh, dit_ranks)
-    timeout = datetime.timedelta(seconds=timeout_s)
-    joined: list[dist.ProcessGroup | None] = []
-    for members_of in (mesh.ulysses_members, mesh.ring_members):
-        own = None
-        for members in dict.fromkeys(members_of(member) for member in range(mesh.members)):
-            if len(members) > 1:  # every rank makes every group, in the same order
-                ranks = [dit_ranks[member] for member in members]
-                group = dist.new_group(ranks, timeout=timeout, backend=_backend(device))
-                own = group if rank in ranks else own
-        if own is not None:
-            dist.all_reduce(torch.zeros(1, device=device), group=own)  # builds the connections now
-        joined.append(own)
-    if rank not in dit_ranks:
-        return None
-    return MeshGroups(mesh=mesh, ulysses=joined[0], ring=joined[1])
 
 
 def start_branches(
@@ -213,36 +140,43 @@ def start_branches(
     device: torch.device,
     helper_sets: Sequence[tuple[int, ...]] = (),
     timeout_s: float = 1800.0,
-    half_mesh: Mesh | None = None,
 ) -> BranchGroups:
     """Join the groups of the two halves of the DiT ranks. Collective over all ranks, those outside included.
 
     Args:
         dit_ranks: an even number of them; member i of the first half is paired with member i of the second one.
         helper_sets: sets of VAE ranks that may be lent to both halves.
-        half_mesh: two axes of one half, where the attention strategy needs them.
     """
     assert len(dit_ranks) % 2 == 0, dit_ranks
     half = len(dit_ranks) // 2
 
-    def join(ranks: Sequence[int]) -> dist.ProcessGroup | None:  # by every rank, in the same order
-        group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_s), backend=_backend(device))
-        if rank not in ranks:
-            return None
-        dist.all_reduce(torch.zeros(1, device=device), group=group)  # builds the connections now
-        return group
+    def join(ranks: Sequence[int]) -> dist.ProcessGroup | None:
+        return _join(ranks, rank=rank, device=device, timeout_s=timeout_s)
 
     halves = []
     for ranks in (dit_ranks[:half], dit_ranks[half:]):
-        mesh = None
-        if half_mesh is not None:
-            mesh = start_mesh(half_mesh, rank=rank, dit_ranks=ranks, device=device, timeout_s=timeout_s)
         group = join(ranks) if half > 1 else None
         assist = {helpers: join((*ranks, *helpers)) for helpers in helper_sets}
         own = {helpers: joined for helpers, joined in assist.items() if joined is not None}
-        halves.append(HalfGroups(ranks=ranks, group=group, assist_groups=own, mesh=mesh))
+        halves.append(HalfGroups(ranks=ranks, group=group, assist_groups=own))
     pairs = [join((dit_ranks[i], dit_ranks[half + i])) for i in range(half)]
     return BranchGroups(halves=(halves[0], halves[1]), pair=next((pair for pair in pairs if pair is not None), None))
+
+
+def _join(ranks: Sequence[int], *, rank: int, device: torch.device, timeout_s: float) -> dist.ProcessGroup | None:
+    """Join a group of these ranks; every rank makes every group, in the same order. None on ranks outside of it.
+
+    Its connections are built now, those for reductions and those between any two ranks: NCCL builds either when it
+    first needs them, and inside a step that could wait for ever for a rank that is in another group's collective.
+    """
+    group = dist.new_group(list(ranks), timeout=datetime.timedelta(seconds=timeout_s), backend=_backend(device))
+    if rank not in ranks:
+        return None
+    x = torch.zeros(len(ranks), device=device)
+    dist.all_reduce(x, group=group)
+    dist.all_to_all_single(torch.empty_like(x), x, group=group)
+    synchronize(device)
+    return group
 
 
 def _backend(device: torch.device) -> str:

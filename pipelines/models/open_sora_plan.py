@@ -5,14 +5,12 @@ frame, row, col, L text tokens, N heads, D head dim.
 
 The model knows nothing of ranks. What parallelism needs is reachable from outside:
 
-* Self-attention is one callable, `Attend`: it gets q, k, v [B, S, N, D] *after* RoPE, the block's `SkipSparse` pattern
-  and the key bias, and returns [B, S, N, D]. `set_attend` replaces it in all blocks (or `Attention.set_processor` with
-  any processor). Heads are independent in it, and tokens need only be complete when `skip_sparse_attention` runs, so a
-  replacement exchanges heads for tokens, calls `skip_sparse_attention` on some heads, and exchanges back.
-* `embed` (tokens [B, S, N*D], from `pos_embed`) and `rotary` (cos, sin [S, D]) are the two places where the token axis
-  begins and `proj_out` the one where it ends: a rank that owns tokens [a, b) slices the outputs of the first two and
-  gathers the output of the last. All else between them acts on each token alone, cross-attention included (each rank
-  has the whole text). The key bias stays whole, because it meets whole sequences.
+* Self-attention is a block's processor, `Attention.set_processor` of its `attn1`: after RoPE it needs q, k, v of all
+  tokens that its `SkipSparse` pattern lets meet, of any number of heads, since heads are independent.
+* `pos_embed` (tokens [B, S, N*D]) and `rotary` (cos, sin [S, D]) are the two places where the token axis begins and
+  `proj_out` the one where it ends: a rank takes its tokens of the outputs of the first two and puts those of the last
+  in their place. All else between them acts on each token alone, cross-attention included (each rank has the whole
+  text). The key bias stays whole, because it meets whole sequences.
 
 Source: Open-Sora Plan: Open-Source Large Video Generation Model (arXiv 2412.00131), v1.3.1
 (github.com/PKU-YuanGroup/Open-Sora-Plan) for the sizes and names of the learned tensors; the code is our own. The
@@ -314,11 +312,6 @@ class OpenSoraPlanTransformer3DModel(ModelMixin, ConfigMixin, AttentionMixin):
         projected = self.caption_projection(encoder_hidden_states[:, 0])
         pairs = [block.text_keys_values(projected) for block in self.blocks()]
         return TextContext(keys=tuple(k for k, _ in pairs), values=tuple(v for _, v in pairs), bias=bias)
-
-    def set_attend(self, attend: Attend) -> None:
-        """Compute the self-attention of every block with `attend`."""
-        for block in self.blocks():
-            block.attn1.set_processor(SelfAttnProcessor(block.sparse, attend))
 
     def blocks(self) -> list["OpenSoraPlanBlock"]:
         """`transformer_blocks` by their type."""
