@@ -181,12 +181,19 @@ def test_other_kinds_of_results_come_from_teams_too(pipeline: HunyuanVideoPipeli
 
 
 def test_a_clip_that_is_cancelled_while_it_is_decoded_leaves_nothing(pipeline: HunyuanVideoPipeline) -> None:
-    cut = threading.Event()
-    consumer = Recording(lambda clip: cut.set() if clip == "clip1" else None)
+    cut, closed = threading.Event(), threading.Event()
+
+    def hold(clip: str) -> None:
+        if clip == "clip1" and not cut.is_set():
+            cut.set()
+            closed.wait(30)  # the engine hears of it after this frame, however late this thread wakes up
+
+    consumer = Recording(hold)
     results = pipeline.render([request(i, spec=LONG) for i in range(5)], on_frames=consumer)
     assert next(results).request_id == "clip0"
     assert cut.wait(30)
     results.close()
+    closed.set()
     again = {r.request_id for r in pipeline.render([request(i) for i in range(7, 10)])}
     assert again == {"clip7", "clip8", "clip9"}
     told = sum(len(frames) for _, frames in consumer.parts["clip1"])
