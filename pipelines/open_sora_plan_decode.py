@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.models.wf_vae import STRIDE_S, Downsample, Interpolate, SpatialAttention, TimeDownsample, WFVAEModel
+from pipelines.models.wf_vae import STRIDE_S, WFVAEModel
+from pipelines.models.wf_vae_layers import Downsample, Interpolate, SpatialAttention, TimeDownsample
 from vae_group.halo import gather_rows, neighbour_rows
 from vae_group.team import Part, PartDecoder, Team
 from videopipe.partition import offsets, split_evenly

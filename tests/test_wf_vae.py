@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipelines.models import wf_vae
-from pipelines.models.wf_vae import Stream, WFVAEModel, haar_2d, haar_3d, inverse_haar_2d, inverse_haar_3d
+from pipelines.models import wf_vae, wf_vae_layers
+from pipelines.models.wf_vae import WFVAEModel
+from pipelines.models.wf_vae_layers import Stream, haar_2d, haar_3d, inverse_haar_2d, inverse_haar_3d
 from tests.osp_recorded import Recorded, draw, manifest, vae_scale
 
 CASES = ("image_t1", "video_t29")
@@ -91,7 +92,7 @@ def swapped_bands(low: Tensor, order: list[int]) -> Tensor:
 def test_other_wavelets_are_noticed(
     recorded: Recorded, model: WFVAEModel, monkeypatch: pytest.MonkeyPatch, name: str, broken: object
 ) -> None:
-    monkeypatch.setattr(wf_vae, name, broken)
+    monkeypatch.setattr(wf_vae_layers if name.isupper() else wf_vae, name, broken)
     inputs, outputs = recorded.part("image_t1/inputs"), recorded.part("image_t1/outputs")
     encoded = worst(model.encode(inputs["video"]).latent_dist.parameters, outputs["encode_parameters"])
     decoded = worst(model.decode(inputs["latents"]).sample, outputs["decode"])
@@ -102,7 +103,7 @@ def test_other_wavelets_are_noticed(
 def test_wavelets_are_inverted(frames: int) -> None:
     x = clip(frames, 8, 12, batch=2)
     assert worst(inverse_haar_2d(haar_2d(x)), x) < 1e-12
-    assert worst(inverse_haar_3d(haar_3d(x)), x * (8 * wf_vae.HAAR_3D_SCALE**2)) < 1e-12
+    assert worst(inverse_haar_3d(haar_3d(x)), x * (8 * wf_vae_layers.HAAR_3D_SCALE**2)) < 1e-12
 
 
 # --- chunks of time
@@ -158,13 +159,13 @@ class Forgetful(Stream):
             super().keep(layer, frames)
 
 
-@pytest.mark.parametrize("kind", [wf_vae.CausalConv3d, wf_vae.TimeUpsample])
+@pytest.mark.parametrize("kind", [wf_vae_layers.CausalConv3d, wf_vae_layers.TimeUpsample])
 def test_forgotten_past_is_noticed(kind: type) -> None:
     z = latents(5)
     stream, parts = Forgetful(kind), []
     for i in range(5):
         stream.first, stream.last = i == 0, i == 4
-        if kind is wf_vae.TimeUpsample:
+        if kind is wf_vae_layers.TimeUpsample:
             stream.last = True  # ends each chunk as if it were the clip's last: no frame is withheld
         parts.append(TRILINEAR.decoder(z[:, :, [i]], stream))
     whole = TRILINEAR.decode(z).sample

@@ -16,7 +16,8 @@ from transformers import MT5Config, MT5ForConditionalGeneration
 
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel
 from pipelines.models.spiece import PieceKind
-from pipelines.models.wf_vae import HAAR_2D_SCALE, HAAR_3D_SCALE, WFVAEModel
+from pipelines.models.wf_vae import WFVAEModel
+from pipelines.models.wf_vae_layers import HAAR_2D_SCALE, HAAR_3D_SCALE
 from pipelines.open_sora_plan import NEGATIVE_PROMPT, PROMPT_TEMPLATE
 from tools.tiny_weights import Scale, fan_in, fill
 

@@ -28,7 +28,8 @@ from transformers import MT5Config, MT5EncoderModel, PreTrainedTokenizerBase, Pr
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel
 from pipelines.models.open_sora_plan_layout import CheckpointFolders
 from pipelines.models.spiece import spiece_tokenizer
-from pipelines.models.wf_vae import HAAR_2D_SCALE, HAAR_3D_SCALE, WFVAEModel
+from pipelines.models.wf_vae import WFVAEModel
+from pipelines.models.wf_vae_layers import HAAR_2D_SCALE, HAAR_3D_SCALE
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEMS = ("model", "pytorch_model")
