@@ -7,9 +7,10 @@ from pathlib import Path
 
 import msgspec
 import torch
+from torch import Tensor
 
 from pipelines.checkpoint import Checkpoint
-from pipelines.engine import versions
+from pipelines.engine import decoded_in, versions
 from pipelines.families import load_family
 from pipelines.pipeline import resolve_device
 from vae_group.decode import to_host
@@ -48,12 +49,17 @@ def decode_latents(path: Path, overrides: Iterable[str] = ()) -> RenderResult:
     checkpoint = Checkpoint(config.model.weights, config.model.revision)
     decoder = load_family(config.model.family).load_decoder(checkpoint, config, runtime)
     begin = time.monotonic()
-    parts = [to_host(decoder.to_frames(part.video, torch.uint8)) for part in decoder.parts(latents)]
+    parts, settings = list[Tensor](), list[str]()
+    for part in decoder.parts(latents):
+        parts.append(to_host(decoder.to_frames(part.video, torch.uint8)))
+        settings.append(part.setting)
+        del part  # its video need not be there while the next part is decoded
     decode = StageTime(stage="decode", rank=0, seconds=round(time.monotonic() - begin, 6))
     stages = (*(stage for stage in side_car.stages if stage.stage not in ("decode", "write")), decode)
     decoded = msgspec.structs.replace(
         side_car,
         versions=versions(),
+        plan=side_car.plan | decoded_in(filter(None, settings)),
         config=msgspec.to_builtins(config),
         stages=stages,
         finished_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

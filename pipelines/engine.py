@@ -82,6 +82,7 @@ class _Record:
         self.conditioning_transfer = 0
         self.cancelled = False
         self.clip: ArrivingClip | None = None  # from the hand-over on
+        self.decoded_in: dict[str, None] = {}  # settings in words, in order
         self.seconds: defaultdict[tuple[str, int], float] = defaultdict(float)  # by stage and rank
 
 
@@ -485,7 +486,7 @@ class Engine:
             case wire.FramesReady():
                 self._add_frames(message, payload)
             case wire.ResultReady():
-                self._end_decode(rank, message.request, now)
+                self._end_decode(rank, message, now)
             case wire.LatentsReturned():
                 assert payload is not None, message
                 self._deliveries.returned(message, payload)
@@ -546,8 +547,10 @@ class Engine:
         if job.is_written:
             self._deliveries.add(message.request, whole)
 
-    def _end_decode(self, rank: int, request: str, now: float) -> None:
+    def _end_decode(self, rank: int, message: wire.ResultReady, now: float) -> None:
         """A rank has ended its share of a decode; with the last one of its team the clip is finished."""
+        request = message.request
+        self._records[request].decoded_in |= dict.fromkeys(message.settings)
         self._on(plan.Decoded(request=request, rank=rank))
         if self._scheduler.is_decoding(request):
             return
@@ -582,7 +585,7 @@ class Engine:
             format="latent" if record.job.result == "latents" else "mp4",
             frames_sha256=None,
             versions=versions(),
-            plan=describe_plan(self.config, self.topology) | chosen,
+            plan=describe_plan(self.config, self.topology) | chosen | decoded_in(record.decoded_in),
             config=msgspec.to_builtins(self.config),
             stages=tuple(StageTime(stage=s, rank=r, seconds=round(t, 6)) for (s, r), t in seconds),
             queue_wait_s=round(record.queue_wait_s, 6),
@@ -759,6 +762,12 @@ def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
         "text": "trimmed" if config.text_trimmed else "padded",
         "queue_capacity": config.queue.capacity,
     }
+
+
+def decoded_in(settings: Iterable[str]) -> dict[str, Any]:
+    """What a side-car's plan tells of the tiles or chunks that a clip was decoded in, where there was a choice."""
+    used = list(dict.fromkeys(settings))
+    return {"decoded_in": used} if used else {}
 
 
 def versions() -> dict[str, str]:

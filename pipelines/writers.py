@@ -1,4 +1,4 @@
-"""The writer processes of a run: started, fed within their credit, restarted when one dies, ended with the run."""
+"""The writer processes of a run: started, fed, replaced when one dies, ended with the run."""
 
 import os
 import select
@@ -35,23 +35,14 @@ ATTEMPTS = 2  # a clip whose writers die this often is given up: it may be the c
 News = ChunkWritten | ClipWritten | ClipFailed
 
 
-class _Chunk:
-    """Frames in shared memory on their way to a file."""
-
-    def __init__(self, message: WriteFrames) -> None:
-        self.message = message
-        self.written = False
-        self.freed = False
-
-
 class _Clip:
     """All that was said about one clip, so that it can be said again to another writer."""
 
-    def __init__(self, message: OpenClip, writer: "_Writer", memory: Path | None) -> None:
+    def __init__(self, message: OpenClip, writer: "_Writer", memory: Path) -> None:
         self.open = message
         self.writer = writer
-        self.memory = memory  # one file for all frames
-        self.chunks: list[_Chunk] = []
+        self.memory = memory
+        self.chunks: list[WriteFrames] = []
         self.close: CloseClip | None = None
         self.attempts = 1
 
@@ -60,17 +51,8 @@ class _Clip:
         return clip_path(Path(self.open.stem), self.open.format)
 
     def free(self) -> None:
-        """Free all of it."""
-        if self.memory is not None:
-            self.memory.unlink(missing_ok=True)
-        for chunk in self.chunks:
-            self.free_chunk(chunk)
-
-    def free_chunk(self, chunk: _Chunk) -> None:
-        """Free a chunk that has memory of its own."""
-        if self.memory is None:
-            Path(chunk.message.path).unlink(missing_ok=True)
-            chunk.freed = True
+        """Free its memory."""
+        self.memory.unlink(missing_ok=True)
 
 
 class _Writer:
@@ -126,15 +108,12 @@ class WriterPool:
     """Writer processes that take clips in chunks of frames. Not thread-safe: one thread owns it; no call blocks.
 
     A clip is `open`ed, gets its `frames` in order, and is closed; `news` tells what became of it. Its frames lie in one
-    file in shared memory, which is freed with the clip, and of which a part is given as soon as it is there; or each
-    chunk in a file of its own. Then the producer may have `credit` chunks on their way: it waits for news while that
-    is 0, so a slow disk holds it back and memory stays bounded. Such a chunk is freed as soon as it is written while
-    more are to come. Shared memory that was given belongs to the pool. A clip that is still whole in memory is given to
-    another writer if its own dies. Clips go to the writer with the fewest.
+    file in shared memory, which belongs to the pool from then on and is freed with the clip; a part of it is given as
+    soon as it is there. Until then a clip is whole in memory, and is given to another writer if its own dies. Clips go
+    to the writer with the fewest.
 
     Args:
         writers: processes; they start with the first clip, or with `start`.
-        chunks_ahead: of each clip that may wait in shared memory while it is open.
         silent_after_s: a writer without a sign of life for this long is killed, which `news` tells as its death.
         start_timeout_s: likewise, before its first one.
         command: what to start.
@@ -144,13 +123,11 @@ class WriterPool:
         self,
         writers: int = 1,
         *,
-        chunks_ahead: int = 2,
         silent_after_s: float = 8.0,
         start_timeout_s: float = 120.0,
         command: Sequence[str] = WRITER,
     ) -> None:
         self._size = writers
-        self._chunks_ahead = chunks_ahead
         self._silent_after_s = silent_after_s
         self._start_timeout_s = start_timeout_s
         self._command = command
@@ -183,7 +160,7 @@ class WriterPool:
         fps: float,
         output: OutputConfig,
         request: str,
-        memory: Path | None = None,
+        memory: Path,
     ) -> int:
         """Begin a clip of [T, H, W, 3] uint8 under `stem`; the number by which it is known from now on.
 
@@ -191,7 +168,7 @@ class WriterPool:
             stem: folder and name without extension; the folder exists.
             output: format (not `latent`), codec, crf and pixel format.
             request: names the spans of the trace.
-            memory: the file of all frames, None where each chunk has its own.
+            memory: the file of all frames.
         """
         assert output.format != "latent", output
         self.start()
@@ -212,30 +189,13 @@ class WriterPool:
         self._clips[clip].writer.send([message])
         return clip
 
-    def credit(self, clip: int) -> int:
-        """How many chunks in files of their own may be given now; a clip that has failed takes any, and drops them."""
-        if clip not in self._clips:
-            return self._chunks_ahead
-        return self._chunks_ahead - sum(not chunk.written for chunk in self._clips[clip].chunks)
-
-    def frames(self, clip: int, first_frame: int, num_frames: int, path: Path | None = None) -> None:
-        """Give the next frames: they lie at their place in the file of all frames, or alone in the file `path`."""
+    def frames(self, clip: int, first_frame: int, num_frames: int) -> None:
+        """The next frames lie at their place in the clip's file."""
         if clip not in self._clips or not num_frames:  # has failed, as `news` tells or has told
-            if path is not None:
-                path.unlink(missing_ok=True)
             return
         told = self._clips[clip]
-        memory = told.memory if path is None else path
-        assert memory is not None and (path is None) != (told.memory is None), (clip, path)
-        assert path is None or self.credit(clip) > 0, (clip, first_frame)
-        message = WriteFrames(
-            clip=clip,
-            first_frame=first_frame,
-            num_frames=num_frames,
-            path=str(memory),
-            file_begins=0 if path is None else first_frame,
-        )
-        told.chunks.append(_Chunk(message))
+        message = WriteFrames(clip=clip, first_frame=first_frame, num_frames=num_frames, path=str(told.memory))
+        told.chunks.append(message)
         told.writer.send([message])
 
     def close_clip(self, clip: int, side_car: SideCar) -> None:
@@ -308,17 +268,12 @@ class WriterPool:
         clip = self._clips.get(message.clip)
         if clip is None:  # dropped in the meantime
             return False
-        if isinstance(message, ChunkWritten):
-            (chunk,) = [chunk for chunk in clip.chunks if chunk.message.first_frame == message.first_frame]
-            chunk.written = True
-            if clip.close is None:
-                clip.free_chunk(chunk)
-        else:
+        if not isinstance(message, ChunkWritten):
             self._clips.pop(message.clip).free()
         return True
 
     def _replace(self, dead: _Writer) -> list[News]:
-        """A writer has died: give its clips to another one where they are still whole in memory."""
+        """A writer has died: give its clips to another one."""
         del self._writers[dead.output.fileno()]
         self._epoll.unregister(dead.output.fileno())
         code = dead.process.wait()
@@ -329,12 +284,8 @@ class WriterPool:
             clips[0][1].attempts += 1  # the one that it was most probably at
         lost: list[News] = []
         for number, clip in clips:
-            gone = any(chunk.freed for chunk in clip.chunks)
-            if gone or clip.attempts > ATTEMPTS:
-                why = (
-                    "its first frames are no longer in memory" if gone else f"{ATTEMPTS} times while it wrote this clip"
-                )
-                cause = f"the writer process {describe_exit(code)}, {why}"
+            if clip.attempts > ATTEMPTS:
+                cause = f"the writer process {describe_exit(code)}, {ATTEMPTS} times while it wrote this clip"
                 lost.append(ClipFailed(clip=number, kind="lost", path=str(clip.path), cause=cause))
                 self._clips.pop(number).free()
             else:
@@ -345,10 +296,8 @@ class WriterPool:
         if len(self._writers) < self._size:
             self._new_writer()
         clip.writer = self._least_busy()
-        for chunk in clip.chunks:
-            chunk.written = False
         close = [] if clip.close is None else [clip.close]
-        clip.writer.send([clip.open, *(chunk.message for chunk in clip.chunks), *close])
+        clip.writer.send([clip.open, *clip.chunks, *close])
 
     def _remove_parts(self, writer: _Writer) -> None:
         """What a writer was at when it was killed; one that ended in order has left nothing."""

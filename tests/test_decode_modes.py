@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from pipelines import HunyuanVideoPipeline
 from pipelines.faults import RankError
 from pipelines.launch import LocalLauncher
+from pipelines.vae_memory import hunyuan_tiled_bytes
 from vae_group.decode import to_frames
+from vae_group.tiles import TileSettings
 from videopipe import media
 from videopipe.config import ConfigError, load_config
 from videopipe.geometry import VideoSpec
@@ -102,6 +104,21 @@ def test_frames_equal_those_of_whole_clips_to_the_bit(
     (team, *_) = pipeline.config.decode_teams
     assert {s.rank for s in results["clip0"].side_car.stages if s.stage == "decode"} == set(team)
     assert results["clip0"].side_car.plan["decode_teams"] == [list(team)]
+    assert results["clip0"].side_car.plan["decoded_in"] == ["whole pictures, 16 frames at a time"]
+
+
+def test_a_side_car_tells_of_smaller_tiles_than_asked_for(tiny_checkpoint: Path, launcher: LocalLauncher) -> None:
+    spec = VideoSpec(height=96, width=80, num_frames=5)
+    config = AutoencoderKLHunyuanVideo.load_config(tiny_checkpoint, subfolder="vae")
+    tiles = TileSettings(height=64, width=64, overlap_height=16, overlap_width=16)
+    limit = hunyuan_tiled_bytes(config, (2, 12, 10), tiles, 1, 4)
+    with start(tiny_checkpoint, launcher, "clip", 1, 1, overrides=[f"decode.memory_limit={limit}"]) as pipe:
+        (small,) = pipe.render([request(0, spec=spec)])
+    with start(tiny_checkpoint, launcher, "clip", 1, 1) as pipe:
+        (whole,) = pipe.render([request(0, spec=spec)])
+    assert small.side_car.plan["decoded_in"] == ["tiles of 64x64 px, 16 frames at a time"]
+    assert whole.side_car.plan["decoded_in"] == ["whole pictures, 16 frames at a time"]
+    assert not np.array_equal(small.frames, whole.frames), "smaller tiles are other numbers"
 
 
 def test_what_a_team_has_decoded_is_written(
@@ -164,12 +181,19 @@ def test_other_kinds_of_results_come_from_teams_too(pipeline: HunyuanVideoPipeli
 
 
 def test_a_clip_that_is_cancelled_while_it_is_decoded_leaves_nothing(pipeline: HunyuanVideoPipeline) -> None:
-    cut = threading.Event()
-    consumer = Recording(lambda clip: cut.set() if clip == "clip1" else None)
+    cut, closed = threading.Event(), threading.Event()
+
+    def hold(clip: str) -> None:
+        if clip == "clip1" and not cut.is_set():
+            cut.set()
+            closed.wait(30)  # the engine hears of it after this frame, however late this thread wakes up
+
+    consumer = Recording(hold)
     results = pipeline.render([request(i, spec=LONG) for i in range(5)], on_frames=consumer)
     assert next(results).request_id == "clip0"
     assert cut.wait(30)
     results.close()
+    closed.set()
     again = {r.request_id for r in pipeline.render([request(i) for i in range(7, 10)])}
     assert again == {"clip7", "clip8", "clip9"}
     told = sum(len(frames) for _, frames in consumer.parts["clip1"])

@@ -16,8 +16,8 @@ import vae_group.causal_conv
 import vae_group.group_norm
 from pipelines.hunyuan_video_exact import exact_decode, exact_encode, hunyuan_exact
 from pipelines.hunyuan_video_exact_plan import ExactPlan, Level, StagePlan
-from tests.live_bytes import LiveBytes
 from tests.ranks import leave, run_ranks
+from tools.count_ops import OpCounter
 from vae_group.frame_attention import FramePrefix
 from vae_group.team import Team
 from videopipe.runtime import Runtime
@@ -238,12 +238,12 @@ def test_attention_takes_memory_linear_in_tokens() -> None:
     for cols in (24, 48):
         latents = random((4, 8, cols), 4, torch.float32)
         tokens = 4 * 8 * cols
-        with LiveBytes() as live:
+        with OpCounter() as live:
             for _ in exact_decode(vae, latents, Team(), plan=made(HELD, (1, 1, 1, 1))):
                 pass
         assert live.largest < tokens**2
         peaks.append(live.peak)
     assert 1.9 < peaks[1] / peaks[0] < 2.1
-    with LiveBytes() as live:
+    with OpCounter() as live:
         vae.decoder.mid_block(random((4, 8, 24), 8, torch.float32))
     assert live.largest >= (4 * 8 * 24) ** 2

@@ -1,15 +1,18 @@
 """The plan of exact decode and encode: its bytes against tensors counted alive, its FLOPs against PyTorch's counter."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines import hunyuan_video_exact_plan
 from pipelines.hunyuan_video_exact import exact_decode, exact_encode
 from pipelines.hunyuan_video_exact_plan import ExactPlan, Level, plan_decode, plan_encode
-from tests.live_bytes import LiveBytes
+from tools.count_ops import OpCounter
 from vae_group.team import Team
 
 RELEASED = {
@@ -35,6 +38,14 @@ def small_vae(dtype: torch.dtype) -> AutoencoderKLHunyuanVideo:
     return vae.eval().requires_grad_(False).to(dtype)
 
 
+@pytest.fixture
+def bfloat16() -> Iterator[None]:
+    """What modules and tensors are made of; fake ones cannot be converted."""
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 def run(vae: AutoencoderKLHunyuanVideo, x: Tensor, plan: ExactPlan) -> None:
     if x.shape[1] == 3:
         exact_encode(vae, x, Team(), plan=plan)
@@ -56,13 +67,35 @@ def test_peak_bytes_and_flops_are_as_counted(
         vae = small_vae(dtype)
         plan = planned(vae.config, shape, 1, dtype.itemsize, levels=order)
         x = torch.zeros(1, 4 if decode else 3, *shape, dtype=dtype)
-        with LiveBytes() as live:
+        with OpCounter() as live:
             run(vae, x, plan)
         assert live.live == 0
         assert live.peak <= plan.peak_bytes <= 1.25 * live.peak + CONSTANT, (plan, live.peak)
     with FlopCounterMode(display=False) as counter:
         run(vae, x, plan)
     assert plan.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("latents", "levels"),
+    [
+        ((9, 30, 48), (0, 0, 0, 1)),
+        *(pytest.param(LATENTS_720P, levels, marks=pytest.mark.slow) for levels in [(0, 0, 0, 0), (0, 0, 0, 2)]),
+    ],
+    ids=str,
+)
+def test_the_released_model_has_as_much_alive_as_planned(
+    bfloat16: None, latents: tuple[int, int, int], levels: tuple[int, ...]
+) -> None:
+    with FakeTensorMode():
+        vae = AutoencoderKLHunyuanVideo().eval().requires_grad_(False)
+        plan = plan_decode(vae.config, latents, 1, 2, levels=[Level(level) for level in levels])
+        x = torch.empty(1, 16, *latents)
+        with OpCounter() as live:
+            run(vae, x, plan)
+    assert live.live == 0
+    assert live.peak <= plan.peak_bytes <= 1.25 * live.peak, (plan, live.peak)
+    assert latents != LATENTS_720P or plan.peak_bytes <= 1.02 * live.peak, "at one frame in a slab"
 
 
 def test_720p_takes_a_quarter_of_the_room_on_four_ranks_and_fits_one_24_gb_card() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.ranks import leave, run_ranks
-from vae_group.halo import all_sum, exchange_rows, gather_rows, halo, neighbour_rows
+from vae_group.halo import all_sum, gather_rows, halo, neighbour_rows
 from vae_group.team import Team
 from videopipe.partition import offsets
 from videopipe.runtime import Runtime
@@ -43,7 +43,6 @@ def check_rows(runtime: Runtime) -> int:
         top, end = start[team.member], start[team.member + 1]
         own = whole[:, :, :, top:end]
         first, last = (max(top - above, 0), end + below) if end > top else (top, end)
-        assert torch.equal(exchange_rows(own, above, below, team, counts), whole[:, :, :, first:last]), counts
         upper, lower = neighbour_rows(own, above, below, team, counts)
         assert torch.equal(upper, whole[:, :, :, first:top]) and torch.equal(lower, whole[:, :, :, end:last]), counts
         assert torch.equal(gather_rows(own, team, counts), whole), counts
@@ -92,4 +91,4 @@ def test_a_halo_is_every_row_in_reach_once(counts: list[int], above: int, below:
 
 def test_wrong_row_counts_are_named() -> None:
     with pytest.raises(ValueError, match=r"row_counts=\(3,\) must have 4 rows for member 0 of 1"):
-        exchange_rows(clip(4), 1, 1, Team(), (3,))
+        neighbour_rows(clip(4), 1, 1, Team(), (3,))

@@ -157,8 +157,9 @@ def test_a_limit_leads_to_smaller_tiles_which_is_said(caplog: pytest.LogCaptureF
     room = hunyuan_tiled_bytes(vae.config, (2, 13, 13), wanted, 1, 4)
     for limit, sizes in ((room, wanted), (room - 1, smaller)):
         limited = msgspec.structs.replace(decode, memory_limit=limit)
-        got = join(list(hunyuan_within(vae, limited)(latents, Team())))
-        assert torch.equal(got, join(list(hunyuan_tiled(vae, sizes)(latents, Team()))))
+        parts = list(hunyuan_within(vae, limited)(latents, Team()))
+        assert {part.setting for part in parts} == {describe(sizes)}
+        assert torch.equal(join(parts), join(list(hunyuan_tiled(vae, sizes)(latents, Team()))))
         assert ("decoding in tiles of 64x64 px" in caplog.text) == (sizes is smaller)
     with pytest.raises(ValueError, match="too few"):
         list(hunyuan_within(vae, DecodeConfig(memory_limit=1000))(latents, Team()))

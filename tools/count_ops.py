@@ -27,6 +27,7 @@ class OpCounter(TorchDispatchMode):
         peak: most bytes alive at once in tensors that were made inside; what an operation allocates for itself alone,
             such as a convolution's workspace, is not seen.
         live: bytes alive now.
+        largest: elements of the largest tensor made inside.
         moved: bytes of all operands read and results written, each once for each operation; views move nothing.
     """
 
@@ -34,6 +35,7 @@ class OpCounter(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self.peak = 0
+        self.largest = 0
         self.moved = 0
         self._known: set[int] = set()
         self._flops: Any = FlopCounterMode(
@@ -67,13 +69,15 @@ class OpCounter(TorchDispatchMode):
         given = {x.untyped_storage()._cdata for x in read}
         for tensor in made:
             if tensor.untyped_storage()._cdata not in given:
-                self._watch(tensor.untyped_storage())
+                self._watch(tensor)
         return result
 
-    def _watch(self, storage: torch.UntypedStorage) -> None:
+    def _watch(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._known:
             return
+        self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
         self._known.add(key)
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)

@@ -185,8 +185,6 @@ def _write(pipe: Any, output: Path, index_overrides: dict[str, Any]) -> Path:
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
-"""Mean and standard deviation of one parameter's values."""
-
 
 def _text_scale(name: str, parameter: torch.Tensor) -> Scale:
     if name.endswith("bias"):

@@ -29,8 +29,6 @@ _WORDS = (
     "small two three cinematic light detail realistic"
 )
 
-"""Mean and standard deviation of one tensor's values."""
-
 
 def make_open_sora_plan(
     output: Path,

@@ -14,8 +14,8 @@ from videopipe.exchange import gather_tokens
 from videopipe.partition import offsets
 
 
-def exchange_rows(x: Tensor, above: int, below: int, team: Team, row_counts: tuple[int, ...]) -> Tensor:
-    """This member's rows with its neighbours' rows attached; one collective, which every member must make.
+def neighbour_rows(x: Tensor, above: int, below: int, team: Team, row_counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The neighbours' rows that lie at this member's rows; one collective, which every member must make.
 
     Args:
         x: [B, C, T, h, W] with h == row_counts[team.member]; all members agree in the other sizes.
@@ -23,20 +23,10 @@ def exchange_rows(x: Tensor, above: int, below: int, team: Team, row_counts: tup
             come from several.
         row_counts: rows of each member.
     Returns:
-        [B, C, T, h + up to above + up to below, W]. Rows beyond the clip's border are not there: what they are to be is
-        the caller's decision. A member without rows gets none.
+        [B, C, T, up to above, W] and [B, C, T, up to below, W]. Rows beyond the clip's border are not there: what they
+        are to be is the caller's decision. A member without rows gets none.
     Raises:
         ValueError: x has not the rows that row_counts says.
-    """
-    upper, lower = neighbour_rows(x, above, below, team, row_counts)
-    return torch.cat([upper, x, lower], dim=3) if upper.shape[3] + lower.shape[3] else x
-
-
-def neighbour_rows(x: Tensor, above: int, below: int, team: Team, row_counts: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The rows that `exchange_rows` attaches, for a caller that lays them into a buffer of its own.
-
-    Returns:
-        [B, C, T, up to above, W] and [B, C, T, up to below, W].
     """
     B, C, T, h, W = x.shape
     if len(row_counts) != team.members or row_counts[team.member] != h:

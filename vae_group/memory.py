@@ -3,7 +3,7 @@
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,7 @@ def choose(settings: Sequence[Setting], room: int, device: torch.device) -> int:
 def decode_within(settings: Sequence[Setting], latents: Tensor, team: Team, limit: int) -> Iterator[Part]:
     """Decode with the first setting that fits, and once more with the next one if memory runs out all the same.
 
-    Whenever it is not the first, a warning in the log says so.
+    Whenever it is not the first, a warning in the log says so. Each part tells the setting it comes from.
 
     Args:
         settings: the one that is wanted, then ever smaller ones; the same on every member.
@@ -92,8 +92,21 @@ def decode_within(settings: Sequence[Setting], latents: Tensor, team: Team, limi
             bytes_needed(settings[0].peak_bytes, latents.device) / 1e9,
             room / 1e9,
         )
-    decoder = settings[chosen].decoder
+    decoder = _telling(settings[chosen])
     if chosen + 1 < len(settings):
         smaller = settings[chosen + 1]
-        decoder = with_retry(decoder, smaller.decoder, f"{smaller.name} instead of {settings[chosen].name}")
+        decoder = with_retry(decoder, _telling(smaller), f"{smaller.name} instead of {settings[chosen].name}")
     yield from decoder(latents, team)
+
+
+def _telling(setting: Setting) -> RestartableDecoder:
+    """Its decoder, whose parts say how they were decoded."""
+
+    def decode(latents: Tensor, team: Team, first_frame: int = 0) -> Iterator[Part]:
+        for part in setting.decoder(latents, team, first_frame):
+            told = replace(part, setting=setting.name)
+            del part  # whoever takes it decides how long its video lives
+            yield told
+            del told
+
+    return decode

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -103,4 +104,4 @@ def _from(parts: Iterator[Part], frame: int) -> Iterator[Part]:
         if missing <= 0:
             yield part
         elif missing < part.video.shape[2]:
-            yield Part(video=part.video[:, :, missing:], first_frame=frame, first_row=part.first_row)
+            yield replace(part, video=part.video[:, :, missing:], first_frame=frame)

@@ -21,12 +21,14 @@ class Team:
 class Part:
     """A finished piece of the video: `video` [1, 3, t, h, W] in -1..1, on the device of the VAE.
 
-    It begins at frame `first_frame` and at pixel row `first_row` of the clip.
+    It begins at frame `first_frame` and at pixel row `first_row` of the clip. `setting` says in words how it was
+    decoded, where there was a choice.
     """
 
     video: Tensor
     first_frame: int = 0
     first_row: int = 0
+    setting: str = ""
 
 
 class PartDecoder(Protocol):

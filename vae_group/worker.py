@@ -63,22 +63,26 @@ class VaeWorker:
         self._report(LatentsArrived(request=request, sequence=message.sequence), None)
         if message.keep_latents:
             self._kept[request] = latents
+        settings: tuple[str, ...] = ()
         if message.result == "latents":
             if self._runtime.rank == self._runtime.decode_team[0]:
                 self._publish(message, latents.numpy(), 0, 0, latents.shape[1])
         else:
-            self._decode(message, latents, getattr(torch, message.result))
-        self._report(ResultReady(request=request), None)
+            settings = self._decode(message, latents, getattr(torch, message.result))
+        self._report(ResultReady(request=request, settings=settings), None)
 
-    def _decode(self, message: DecodeLatents, latents: Tensor, dtype: torch.dtype) -> None:
-        request = message.request
+    def _decode(self, message: DecodeLatents, latents: Tensor, dtype: torch.dtype) -> tuple[str, ...]:
+        """Gives the settings that the clip was decoded with, in words."""
+        request, settings = message.request, dict[str, None]()
         parts = self._decoder.parts(latents)
         while True:
             with self._recorder.span("decode", request=request.id):
                 part = next(parts, None)
                 if part is None:
                     synchronize(self._runtime.device)  # the others of the team may still wait for this one's data
-                    return
+                    return tuple(settings)
+                if part.setting:
+                    settings[part.setting] = None
                 first_frame, first_row = part.first_frame, part.first_row
                 frames = to_host(self._decoder.to_frames(part.video, dtype)).numpy()
                 del part  # its video need not be there while the next part is decoded

@@ -233,9 +233,13 @@ class FramesReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class ResultReady(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """This rank has ended its share of a decode, its last kernel included; all its rows have been told before."""
+    """This rank has ended its share of a decode, its last kernel included; all its rows have been told before.
+
+    `settings`: how it was decoded, in words; several where memory ran out in between, none where there was no choice.
+    """
 
     request: str
+    settings: tuple[str, ...] = ()
 
 
 class LatentsReturned(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -47,16 +47,12 @@ class OpenClip(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class WriteFrames(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Append `num_frames` frames, raw bytes in a file in shared memory, which stays the sender's.
-
-    The file begins with frame `file_begins` of the clip: with `first_frame`, or with 0 where it is that of all frames.
-    """
+    """Append `num_frames` frames, raw bytes at their place in a file of the whole clip, which stays the sender's."""
 
     clip: int
     first_frame: int
     num_frames: int
     path: str
-    file_begins: int
 
 
 class CloseClip(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -78,7 +74,7 @@ ToWriter = OpenClip | WriteFrames | CloseClip | DropClip
 
 
 class ChunkWritten(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The frames from `first_frame` on are encoded, their memory may be freed. The credit for the next chunk."""
+    """The frames from `first_frame` on have been given to the encoder or the file."""
 
     clip: int
     first_frame: int
@@ -211,8 +207,7 @@ class Service:
         for frame in range(message.first_frame, message.first_frame + message.num_frames):
             if message.clip in self._unwanted:
                 return
-            index = frame - message.file_begins
-            clip.file.write(frame, frames[index : index + 1])
+            clip.file.write(frame, frames[frame : frame + 1])
 
     def _drop(self, clip: int) -> None:
         if clip in self._open:
