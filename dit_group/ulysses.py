@@ -98,8 +98,9 @@ class Ulysses:
         self.key_mask = key_mask
         self.collective_kernel = collective_kernel
         self.buffers = Buffers() if buffers is None else buffers
-        whole = num_heads if balance == "heads" else num_heads // members * members
-        left = split_evenly(whole, members) if head_counts is None else head_counts
+        left = head_counts
+        if left is None:
+            left = split_evenly(num_heads, members) if balance == "heads" else (num_heads // members,) * members
         whole = sum(left)
         assert whole <= num_heads if balance == "rows" else whole == num_heads, (left, num_heads, balance)
         self.shared_heads = slice(whole, num_heads)
