@@ -228,7 +228,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vae=build_vae("tiny"), transformer=dit, llama=llama, clip=clip, tokenizer=tokenizer, tokenizer_2=tokenizer_2
     )
     out = tmp_path_factory.mktemp("bench") / "model"
-    export_pipeline(pipe, out, torch.bfloat16, "test\n")
+    export_pipeline(pipe, out, torch.bfloat16, "test\n", {})
     return out
 
 

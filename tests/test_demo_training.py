@@ -3,11 +3,11 @@
 import itertools
 import json
 import math
-import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ from tools.demo_model import (
 from tools.moving_shapes import caption, is_held_out, scene_at
 from tools.train_demo_model import (
     Compute,
+    PlainAttention,
     Recipe,
     finish_vae,
     learning_rate,
@@ -42,6 +43,7 @@ from tools.train_demo_model import (
     noise_levels,
     save_atomic,
     slim,
+    start_from,
     train_dit,
     train_vae,
 )
@@ -294,18 +296,51 @@ def test_training_text_equals_the_pipelines_text(tokenizers: tuple[Any, Any]) ->
 # --- the DiT ------------------------------------------------------------------------------------------------------
 
 
-def test_annealing_follows_the_clock(tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", [False, True])
+def test_training_attention_equals_the_models_own(broken: bool) -> None:
+    """Forward and gradients in float64; the twin forgets which text tokens are padding."""
+    torch.manual_seed(0)
+    dit = build_transformer("tiny", 4).double()
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.randn(2, 4, 2, 4, 4, dtype=torch.float64),
+        "timestep": torch.tensor([100.0, 700.0], dtype=torch.float64),
+        "encoder_hidden_states": torch.randn(2, 5, 16, dtype=torch.float64),
+        "encoder_attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]),
+        "pooled_projections": torch.randn(2, 16, dtype=torch.float64),
+        "guidance": torch.tensor([6000.0, 6000.0], dtype=torch.float64),
+    }
+    results = []
+    for own in (True, False):
+        if not own:
+            for block in (*dit.transformer_blocks, *dit.single_transformer_blocks):
+                block.attn.set_processor(PlainAttention())
+            if broken:
+                inputs["encoder_attention_mask"] = torch.ones(2, 5, dtype=torch.int64)
+        out = dit(**inputs, return_dict=False)[0]
+        dit.zero_grad()
+        torch.autograd.backward(out.square().sum())
+        grads = [p.grad for p in dit.parameters() if p.grad is not None]
+        results.append((out.detach(), torch.cat([g.flatten() for g in grads])))
+    same = all(torch.allclose(a, b, rtol=1e-8, atol=1e-8 * float(a.abs().max())) for a, b in zip(*results, strict=True))
+    assert same != broken
+
+
+def test_annealing_follows_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rate of the last iteration: low where the time was nearly over, the schedule's own where it was not."""
     recipe = _recipe(vae_iterations=100_000)
     rates = []
-    for name, seconds in (("long", 1e6), ("short", 4.0)):
+    for name, seconds in (("long", 1e6), ("short", 20.0)):
         (tmp_path / name).mkdir()
-        compute = replace(_compute(), anneal=True, deadline=time.monotonic() + seconds)
+        ticks = itertools.count()  # a clock of our own: a second passes whenever somebody looks at it
+        monkeypatch.setattr(train_demo_model, "time", SimpleNamespace(monotonic=lambda t=ticks: float(next(t))))
+        compute = replace(_compute(), anneal=True, deadline=seconds, checkpoint_s=1e9, eval_s=1e9)
         compute = replace(compute, stop_after=3 if name == "long" else None)
         assert not train_vae(tmp_path / name, recipe, compute)
         state = torch.load(tmp_path / name / "vae.ckpt", weights_only=True)
         rates.append(
-            state["optimizer"]["param_groups"][0]["lr"] / learning_rate(1e-3, state["iteration"] - 1, 100_000, 0.5)
+            state["optimizer"][0]["param_groups"][0]["lr"] / learning_rate(1e-3, state["iteration"] - 1, 100_000, 0.5)
         )
     assert rates[0] == pytest.approx(1.0, rel=1e-6)
     assert rates[1] < 0.3
@@ -391,6 +426,31 @@ def test_export_renders_with_stock_diffusers_and_default_arguments(whole_run: Pa
     (tmp_path / "precious").mkdir()
     with pytest.raises(ValueError, match=r"exists and holds no model_index\.json"):
         main(_arguments(whole_run, "--stage", "export", "--export", str(tmp_path / "precious")))
+
+
+def test_training_goes_on_from_an_exported_pipeline(whole_run: Path, tmp_path: Path) -> None:
+    """What is shipped is enough to go on: the weights, rounded as they were shipped, and how far they had come."""
+    train_demo_model.open_run(whole_run, _recipe())
+    out, run = tmp_path / "model", tmp_path / "run"
+    assert main(_arguments(whole_run, "--stage", "export", "--export", str(out))) == 0
+    start_from(out, run, _recipe(dit_iterations=8))
+    before = torch.load(whole_run / "dit.ckpt", weights_only=True)["ema"]
+    taken = torch.load(run / "dit.ckpt", weights_only=True)
+    assert taken["iteration"] == 6
+    assert taken["ema"].keys() == before.keys()
+    for key, value in taken["ema"].items():
+        assert torch.equal(value, before[key].bfloat16().float()), key
+    assert train_dit(run, _recipe(dit_iterations=8), _compute(), accept_vae=False)
+    assert torch.load(run / "dit.ckpt", weights_only=True)["iteration"] == 8
+    again = tmp_path / "again"
+    assert main(_arguments(run, "--stage", "export", "--export", str(again))) == 0
+    assert "6 VAE and 8 DiT iterations, seed 3" in (again / "README.md").read_text()
+    with pytest.raises(ValueError, match="already holds a run: leave out --start-from"):
+        start_from(out, run, _recipe())
+    with pytest.raises(ValueError, match=r"holds no training\.json: name a directory that --export wrote"):
+        start_from(tmp_path, tmp_path / "other", _recipe())
+    with pytest.raises(ValueError, match=r"seed=4 differs from 3"):
+        start_from(out, tmp_path / "other", _recipe(seed=4))
 
 
 def test_command_line_resumes_only_when_told(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel,
 from tools.moving_shapes import caption, scene_at
 
 MAX_BYTES = 25_000_000
+TRAINING = "training.json"  # in an exported directory: recipe, iterations, seconds, what the VAE scored
 SHIFT = 2.0  # of the flow-matching schedule; training draws its noise levels to match
 TEMPLATE: str = DEFAULT_PROMPT_TEMPLATE["template"]
 CROP_START: int = DEFAULT_PROMPT_TEMPLATE["crop_start"]
@@ -260,31 +261,38 @@ def _split_on(text: str, separators: Sequence[str]) -> list[str]:
 def tokenize(
     prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, tokenizer_2: PreTrainedTokenizerFast
 ) -> dict[str, Tensor]:
-    """Ids and masks as the pipeline makes them, with TEXT_TOKENS instead of 256 places for the caption.
+    """Ids and masks as the pipeline makes them, padded to the longest prompt instead of 256 and 77 places.
+
+    Both encoders are causal, so what follows a prompt's last token cannot change what is read of it.
 
     Returns:
-        ids and mask int64 [B, CROP_START + TEXT_TOKENS] for the Llama, ids_2 int64 [B, 77] for CLIP.
+        ids and mask int64 [B, CROP_START + L], L at most TEXT_TOKENS, for the Llama; ids_2 int64 [B, L2] for CLIP.
     """
     first = tokenizer(
         [TEMPLATE.format(p) for p in prompts],
         max_length=CROP_START + TEXT_TOKENS,
-        padding="max_length",
+        padding="longest",
         truncation=True,
         return_tensors="pt",
     )
-    second = tokenizer_2(list(prompts), max_length=77, padding="max_length", truncation=True, return_tensors="pt")
+    second = tokenizer_2(list(prompts), max_length=77, padding="longest", truncation=True, return_tensors="pt")
     return {"ids": first.input_ids, "mask": first.attention_mask, "ids_2": second.input_ids}
 
 
 def encode_text(llama: LlamaModel, clip: CLIPTextModel, tokens: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Text as the pipeline hands it to the DiT.
+    """Text as the pipeline hands it to the DiT. The template's prefix, the same for all prompts, is computed once.
 
     Returns:
-        Embeddings [B, L, C], mask [B, L] with L = TEXT_TOKENS, and the pooled embedding [B, C].
+        Embeddings [B, L, C], mask [B, L] with L as in `tokenize`, and the pooled embedding [B, C].
     """
-    states = llama(input_ids=tokens["ids"], attention_mask=tokens["mask"], output_hidden_states=True).hidden_states
+    ids, mask = tokens["ids"], tokens["mask"]
+    prefix = llama(input_ids=ids[:1, :CROP_START], use_cache=True).past_key_values
+    prefix.batch_repeat_interleave(len(ids))
+    states = llama(
+        input_ids=ids[:, CROP_START:], attention_mask=mask, past_key_values=prefix, output_hidden_states=True
+    ).hidden_states
     pooled = clip(tokens["ids_2"]).pooler_output
-    return states[-3][:, CROP_START:], tokens["mask"][:, CROP_START:], pooled
+    return states[-3], mask[:, CROP_START:], pooled
 
 
 # --- whitening ----------------------------------------------------------------------------------------------------
@@ -339,8 +347,10 @@ def build_pipeline(
     return pipe
 
 
-def export_pipeline(pipe: HunyuanVideoPipeline, out: Path, dtype: torch.dtype, card: str) -> int:
-    """Write the pipeline directory (safetensors in `dtype`, model card README.md) and return its size in bytes.
+def export_pipeline(
+    pipe: HunyuanVideoPipeline, out: Path, dtype: torch.dtype, card: str, training: Mapping[str, Any]
+) -> int:
+    """Write the pipeline directory (safetensors in `dtype`, README.md, TRAINING) and return its size in bytes.
 
     The pipeline's weights are rounded in place. The directory appears complete or not at all.
     Raises:
@@ -358,6 +368,7 @@ def export_pipeline(pipe: HunyuanVideoPipeline, out: Path, dtype: torch.dtype, c
         index[name] = ["transformers", "PreTrainedTokenizerFast"]
     index_file.write_text(json.dumps(index, indent=2) + "\n")
     (temporary / "README.md").write_text(card)
+    (temporary / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
     files = [f for f in temporary.rglob("*") if f.is_file()]
     for file in files:
         file.chmod(0o644)
