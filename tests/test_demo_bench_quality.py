@@ -11,6 +11,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
+from tests.demo_models import tiny_moving_shapes
 from tools.bench_quality import (
     MAX_PSNR_DB,
     BenchPrompt,
@@ -32,14 +33,6 @@ from tools.bench_quality import (
     truth_renderer,
     videopipe_renderer,
     wilson,
-)
-from tools.demo_model import (
-    build_pipeline,
-    build_text_encoders,
-    build_tokenizers,
-    build_transformer,
-    build_vae,
-    export_pipeline,
 )
 from tools.moving_shapes import is_held_out, render
 from videopipe.records import VideoRequest
@@ -216,20 +209,7 @@ def test_damage_is_repeatable_and_in_proportion() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained pipeline whose output still depends on everything (no zero weights)."""
-    torch.manual_seed(0)
-    tokenizer, tokenizer_2 = build_tokenizers()
-    llama, clip = build_text_encoders("tiny", tokenizer, tokenizer_2)
-    dit = build_transformer("tiny", 4)
-    for parameter in dit.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)
-    pipe = build_pipeline(
-        vae=build_vae("tiny"), transformer=dit, llama=llama, clip=clip, tokenizer=tokenizer, tokenizer_2=tokenizer_2
-    )
-    out = tmp_path_factory.mktemp("bench") / "model"
-    export_pipeline(pipe, out, torch.bfloat16, "test\n")
-    return out
+    return tiny_moving_shapes(tmp_path_factory.mktemp("bench") / "model")
 
 
 def test_bench_tells_steps_guidance_damage_and_ceilings_apart(
