@@ -48,7 +48,7 @@ def test_every_machine_has_its_file() -> None:
     assert set(OPEN_SORA_PLAN_GPU) == {f"open_sora_plan_{n}gpu_80gb" for n in (1, 2, 4, 8)}
     hunyuan = ["hunyuan_tiny_cpu", "hunyuan_tiny_cpu_2p1", "hunyuan_tiny_cpu_colocated"]
     assert [*hunyuan, "open_sora_plan_tiny_cpu"] == TINY
-    assert BUNDLED == ["moving_shapes_cpu"]
+    assert BUNDLED == ["moving_shapes_cpu", "moving_shapes_open_sora_plan_cpu"]
     assert set(CONFIGS) == {*GPU, *OPEN_SORA_PLAN_GPU, *TINY, *BUNDLED, "hunyuan_8gpu"}
 
 

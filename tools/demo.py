@@ -31,6 +31,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     output: Annotated[Path, typer.Option(help="folder for clips, trace and contact sheet")] = Path("out/demo"),
     clips: Annotated[int, typer.Option(min=1, help="how many clips")] = CLIPS,
+    config: Annotated[str, typer.Option(help="name or file of the configuration")] = CONFIG,
     weights: Annotated[str | None, typer.Option(help="another pipeline directory trained on MovingShapes")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps")] = None,
     dit_ranks: Annotated[int, typer.Option(help="ranks that denoise")] = 1,
@@ -46,7 +47,7 @@ def main(
         "groups.vae_ranks": vae_ranks,
     }
     try:
-        run_demo(output, config=resolve_config(CONFIG, (), flags), clips=clips, seed=seed, quiet=quiet)
+        run_demo(output, config=resolve_config(config, (), flags), clips=clips, seed=seed, quiet=quiet)
     except CommandError as error:
         print(f"demo: {error}", file=sys.stderr)
         raise typer.Exit(error.code) from None
