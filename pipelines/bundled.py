@@ -1,4 +1,4 @@
-"""The configurations that come with videopipe: in the checkout's `configs/`, in the wheel under `pipelines/configs`."""
+"""What comes with videopipe: configurations and small trained models, found by name in a checkout and in a wheel."""
 
 import difflib
 from pathlib import Path
@@ -6,6 +6,12 @@ from pathlib import Path
 from videopipe.config import ConfigError
 
 _HERE = Path(__file__).resolve().parent
+
+PREFIX = "bundled:"
+"""In `model.weights`: what follows is the name of a bundled model."""
+
+MODELS = {"moving_shapes": "demo_model", "moving_shapes_open_sora_plan": "demo_open_sora_plan"}
+"""Folder of each bundled model, beside this file."""
 
 
 def bundled_configs() -> dict[str, Path]:
@@ -27,6 +33,33 @@ def find_config(name: str) -> Path:
     found = bundled.get(name.removesuffix(".toml"))
     if found is not None:
         return found
-    near = difflib.get_close_matches(Path(name).stem, bundled, n=1, cutoff=0.0)
-    hint = f", nearest is {near[0]!r}" if near else ""
-    raise ConfigError(f"config={name!r} is neither a file nor a bundled configuration{hint}")
+    raise ConfigError(
+        f"config={name!r} is neither a file nor a bundled configuration{_nearest(Path(name).stem, bundled)}"
+    )
+
+
+def bundled_models(root: Path = _HERE) -> dict[str, Path]:
+    """Every bundled model that is there, by name; `root` is the folder that holds them."""
+    return {name: root / folder for name, folder in MODELS.items() if (root / folder / "model_index.json").is_file()}
+
+
+def find_weights(weights: str, root: Path = _HERE) -> str:
+    """What `model.weights` names: the directory of `bundled:<name>`, anything else as it is.
+
+    Raises:
+        ConfigError: no bundled model of that name; names the nearest one.
+    """
+    if not weights.startswith(PREFIX):
+        return weights
+    models = bundled_models(root)
+    found = models.get(weights.removeprefix(PREFIX))
+    if found is not None:
+        return str(found)
+    there = {PREFIX + name for name in models}
+    hint = _nearest(weights, there) or "; this installation holds none, give a directory or a hub id"
+    raise ConfigError(f"model.weights={weights!r} is no bundled model{hint}")
+
+
+def _nearest(name: str, valid: dict[str, Path] | set[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(valid), n=1, cutoff=0.0)
+    return f", nearest is {near[0]!r}" if near else ""

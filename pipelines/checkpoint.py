@@ -8,6 +8,9 @@ from typing import Any
 
 import msgspec
 
+from pipelines.bundled import find_weights
+from videopipe.config import ModelConfig
+
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -104,3 +107,12 @@ class Checkpoint(msgspec.Struct, frozen=True):
             raise CheckpointUnreachableError(
                 f"model.weights={self.location!r} is no directory, and the hub gave no {name}: {reason}"
             ) from None
+
+
+def open_checkpoint(model: ModelConfig) -> Checkpoint:
+    """The checkpoint that `model.weights` names: a directory, a hub id, or `bundled:<name>`.
+
+    Raises:
+        ConfigError: no bundled model of that name.
+    """
+    return Checkpoint(find_weights(model.weights), model.revision)

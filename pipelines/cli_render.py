@@ -197,14 +197,14 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
     if trace is not None:
         check_writable(trace.parent)
 
-    from pipelines.checkpoint import Checkpoint
+    from pipelines.checkpoint import open_checkpoint
     from pipelines.families import load_family
     from pipelines.pipeline import check_attention, check_devices, resolve_device
     from videopipe.rendering import check_output
 
     family = load_family(config.model.family)
     family.check_config(config)
-    facts = family.facts(Checkpoint(config.model.weights, config.model.revision))
+    facts = family.facts(open_checkpoint(config.model))
     for request in requests:
         where = f"{request.id}: " if len(requests) > 1 else ""
         family.check_request(request, facts, where)

@@ -9,7 +9,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from pipelines.checkpoint import Checkpoint
+from pipelines.checkpoint import open_checkpoint
 from pipelines.engine import decoded_in, versions
 from pipelines.families import load_family
 from pipelines.pipeline import resolve_device
@@ -46,7 +46,7 @@ def decode_latents(path: Path, overrides: Iterable[str] = ()) -> RenderResult:
     check_output(config.output, side_car.request.spec)
     device = torch.device(resolve_device(config))
     runtime = start_runtime(rank=0, world_size=1, dit_ranks=(0,), device=device, store=None, decode_teams=((0,),))
-    checkpoint = Checkpoint(config.model.weights, config.model.revision)
+    checkpoint = open_checkpoint(config.model)
     decoder = load_family(config.model.family).load_decoder(checkpoint, config, runtime)
     begin = time.monotonic()
     parts, settings = list[Tensor](), list[str]()

@@ -8,7 +8,7 @@ import torch
 
 from pipelines import explain_calibration
 from pipelines.calibration import Choice
-from pipelines.checkpoint import Checkpoint, CheckpointUnreachableError
+from pipelines.checkpoint import CheckpointUnreachableError, open_checkpoint
 from pipelines.engine import describe_plan, make_topology
 from pipelines.families import Family, ModelFacts, load_family
 from videopipe.arrangement import Calibration
@@ -186,7 +186,7 @@ def explain_config(config: Config, calibrate: bool = False) -> Explanation:
     family.check_config(config)
     family.check_request(request, facts, "request.")
     as_published = published or config.model.weights == family.published.location
-    checkpoint = None if as_published else Checkpoint(config.model.weights, config.model.revision)
+    checkpoint = None if as_published else open_checkpoint(config.model)
     weights, weights_from = family.weight_bytes(config, checkpoint)
 
     topology = make_topology(config)
@@ -311,7 +311,7 @@ def _attention_share(config: Config, counts: tuple[int, ...], facts: ModelFacts,
 
 def _facts(config: Config, family: Family) -> tuple[ModelFacts, str, bool]:
     """The model's sizes, where they come from, and whether they are the published ones."""
-    checkpoint = Checkpoint(config.model.weights, config.model.revision)
+    checkpoint = open_checkpoint(config.model)
     published = family.published
     on_hub = not checkpoint.is_local and not config.model.weights.startswith((".", "/"))
     if on_hub and config.model.weights == published.location and not checkpoint.is_cached("transformer/config.json"):

@@ -169,14 +169,14 @@ def floor_configs(
     Raises:
         ValueError: fewer than two runs, or a request or layout that cannot be rendered.
     """
-    from pipelines.checkpoint import Checkpoint
+    from pipelines.checkpoint import open_checkpoint
     from pipelines.families import load_family
     from pipelines.pipeline import check_attention, check_devices, resolve_device
 
     if num_runs < 2:
         raise ValueError(f"num_runs={num_runs} must be at least 2 to measure a noise floor, nearest is 2")
     family = load_family(config.model.family)
-    facts = family.facts(Checkpoint(config.model.weights, config.model.revision))
+    facts = family.facts(open_checkpoint(config.model))
     family.check_request(request, facts)
     configured = layout_of(config)
     order = [configured] * num_runs + [layout for layout in dict.fromkeys(layouts) if layout != configured]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -144,12 +145,18 @@ def start_scheduler(
     return scheduler
 
 
-def initial_latents(spec: VideoSpec, scheduler: ZeroSNREulerAncestralScheduler, generator: torch.Generator) -> Tensor:
+def initial_latents(
+    spec: VideoSpec,
+    scheduler: ZeroSNREulerAncestralScheduler,
+    generator: torch.Generator,
+    channels: int = GEOMETRY.channels,
+) -> Tensor:
     """Noise of the first step, [1, C, T', H', W'] fp32 on the generator's device, about 4096 times normal.
 
     Only this and `denoise_step` draw from the generator, in the order of the steps.
     """
-    noise = torch.randn(GEOMETRY.latent_shape(spec), generator=generator, device=generator.device, dtype=torch.float32)
+    shape = msgspec.structs.replace(GEOMETRY, channels=channels).latent_shape(spec)
+    noise = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
     return noise * scheduler.init_noise_sigma.to(noise.device)
 
 
@@ -231,7 +238,7 @@ def denoise(
     """
     check_request(spec, num_inference_steps)
     scheduler = start_scheduler(num_inference_steps, transformer.device)
-    latents = initial_latents(spec, scheduler, generator).to(transformer.device)
+    latents = initial_latents(spec, scheduler, generator, transformer.config.in_channels).to(transformer.device)
     check = FiniteCheck()
     for t in scheduler.timesteps:
         v = guide(predict(transformer, scheduler, latents, t, text), guidance_scale)

@@ -23,7 +23,7 @@ from dit_group.attention import MERGING
 from dit_group.kernels import check_kernel
 from dit_group.xfuser import check_xfuser
 from pipelines.batch import Batch, Finished, FramesListener, Job
-from pipelines.checkpoint import Checkpoint
+from pipelines.checkpoint import open_checkpoint
 from pipelines.engine import Engine, Progress
 from pipelines.families import ModelFacts, load_family
 from pipelines.launch import LocalLauncher, RankSpec
@@ -131,7 +131,7 @@ class VideoPipeline:
     def start(cls, config: Config, *, progress: Progress | None = None, launcher: LocalLauncher | None = None) -> Self:
         """As `from_pretrained`, from a resolved configuration."""
         check_config(config)
-        checkpoint = Checkpoint(config.model.weights, config.model.revision)
+        checkpoint = open_checkpoint(config.model)
         torchrun = _Torchrun.detect()
         if torchrun is not None and torchrun.rank != 0:
             sys.exit(torchrun.serve())

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from dit_group.calibrate import Part, calibrate
 from dit_group.worker import DitWorker
-from pipelines.checkpoint import Checkpoint
+from pipelines.checkpoint import open_checkpoint
 from pipelines.families import Assistant, TextEncoder, load_family
 from pipelines.faults import TRANSFERS
 from pipelines.launch import RankSpec
@@ -281,7 +281,7 @@ class _Rank:
     def _load(self, message: LoadParts) -> dict[str, int]:
         config = self._spec.config
         family = load_family(config.model.family)
-        checkpoint = Checkpoint(config.model.weights, config.model.revision)
+        checkpoint = open_checkpoint(config.model)
         sizes = {}
         if message.text_encoder:
             self._encoder = family.load_text_encoder(checkpoint, config, self._runtime)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from pipelines.bundled import bundled_models
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("videopipe", "dit_group", "vae_group", "pipelines")
 MAY_IMPORT = {
@@ -155,17 +157,19 @@ def test_an_import_of_torch_would_be_noticed() -> None:
 # -- the wheel
 
 
-def wheel_names(directory: Path) -> list[str]:
+def build_wheel(directory: Path) -> Path:
     code = f"from hatchling.build import build_wheel; build_wheel({str(directory)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120, capture_output=True)
     (wheel,) = directory.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        return archive.namelist()
+    return wheel
 
 
-def test_the_wheel_holds_the_four_packages_and_the_configs(tmp_path: Path) -> None:
+def test_the_wheel_holds_the_four_packages_the_configs_and_the_models(tmp_path: Path) -> None:
     pytest.importorskip("hatchling", reason="building a wheel needs hatchling")
-    names = wheel_names(tmp_path)
+    installed = tmp_path / "installed"
+    with zipfile.ZipFile(build_wheel(tmp_path)) as archive:
+        names = archive.namelist()
+        archive.extractall(installed)
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == set(PACKAGES)
     for package in PACKAGES:
@@ -173,6 +177,29 @@ def test_the_wheel_holds_the_four_packages_and_the_configs(tmp_path: Path) -> No
             assert str(path.relative_to(ROOT)) in names
     for path in (ROOT / "configs").rglob("*.toml"):
         assert f"pipelines/configs/{path.relative_to(ROOT / 'configs')}" in names
+    for folder in bundled_models().values():
+        for path in folder.rglob("*"):
+            assert path.is_dir() or str(path.relative_to(ROOT)) in names
     assert "videopipe/py.typed" in names
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     assert entry_points
+    # what is found by name is found in the wheel, and not beside it
+    code = (
+        "from pipelines.bundled import bundled_configs, bundled_models;"
+        "print(*bundled_configs().values(), *bundled_models().values(), sep='\\n')"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=installed,
+        env={"PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    found = [Path(line) for line in answer.stdout.split()]
+    assert {path.name for path in found} == {
+        *(path.name for path in (ROOT / "configs").glob("*.toml")),
+        *(path.name for path in bundled_models().values()),
+    }
+    assert all(path.is_relative_to(installed) and path.exists() for path in found)

@@ -18,6 +18,7 @@ CONFIGS = bundled_configs()
 GPU = sorted(name for name in CONFIGS if name.startswith("hunyuan") and "gpu" in name and name != "hunyuan_8gpu")
 OPEN_SORA_PLAN_GPU = sorted(name for name in CONFIGS if name.startswith("open_sora_plan") and "gpu" in name)
 TINY = sorted(name for name in CONFIGS if "tiny" in name)
+BUNDLED = sorted(name for name in CONFIGS if name.startswith("moving_shapes"))
 
 # Bytes besides weights, counted as live tensors of diffusers' classes on the meta device: the DiT's activations are
 # 19 * tokens * width * itemsize; a decode with tiling holds 2.6 GB for one tile of 17x256x256 and 1.5 times the clip.
@@ -47,7 +48,8 @@ def test_every_machine_has_its_file() -> None:
     assert set(OPEN_SORA_PLAN_GPU) == {f"open_sora_plan_{n}gpu_80gb" for n in (1, 2, 4, 8)}
     hunyuan = ["hunyuan_tiny_cpu", "hunyuan_tiny_cpu_2p1", "hunyuan_tiny_cpu_colocated"]
     assert [*hunyuan, "open_sora_plan_tiny_cpu"] == TINY
-    assert set(CONFIGS) == {*GPU, *OPEN_SORA_PLAN_GPU, *TINY, "hunyuan_8gpu"}
+    assert BUNDLED == ["moving_shapes_cpu", "moving_shapes_open_sora_plan_cpu"]
+    assert set(CONFIGS) == {*GPU, *OPEN_SORA_PLAN_GPU, *TINY, *BUNDLED, "hunyuan_8gpu"}
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
@@ -57,7 +59,7 @@ def test_a_file_is_complete_and_says_why(name: str) -> None:
     assert text.startswith("# "), "a comment tells what it is for"
     for table in ("model", "groups", "schedule", "queue", "output", "request", "runtime"):
         assert f"[{table}]" in text
-    assert config.runtime.device == ("cpu" if "tiny" in name else "cuda")
+    assert config.runtime.device == ("cpu" if "cpu" in name else "cuda")
 
 
 @pytest.mark.parametrize("name", GPU)

@@ -11,6 +11,8 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
+from pipelines.launch import LocalLauncher
+from tests.demo_models import tiny_moving_shapes, tiny_open_sora_plan
 from tools.bench_quality import (
     MAX_PSNR_DB,
     BenchPrompt,
@@ -32,14 +34,6 @@ from tools.bench_quality import (
     truth_renderer,
     videopipe_renderer,
     wilson,
-)
-from tools.demo_model import (
-    build_pipeline,
-    build_text_encoders,
-    build_tokenizers,
-    build_transformer,
-    build_vae,
-    export_pipeline,
 )
 from tools.moving_shapes import is_held_out, render
 from videopipe.records import VideoRequest
@@ -188,9 +182,9 @@ def test_cases_are_parsed_and_mistakes_named() -> None:
         ("x:stps=8", "'stps=8' is not key=value with a key of renderer, steps"),
         ("x:steps=many", "steps='many' is no int"),
         ("x:steps=0", "steps=0 must be at least 1, nearest is 1"),
-        ("x:renderer=magic", "renderer='magic' must be one of diffusers, videopipe, vae, truth"),
+        ("x:renderer=magic", "renderer='magic' must be one of reference, videopipe, vae, truth"),
         ("x:renderer=vae,groups.dit_ranks=2", "'groups.dit_ranks=2' means nothing to vae"),
-        ("x:renderer=videopipe,damage=1", "damage=1.0 needs renderer=diffusers"),
+        ("x:renderer=videopipe,damage=1", "damage=1.0 needs renderer=reference"),
         ("x:damage=-1", "damage=-1.0 must not be negative"),
         (":steps=4", "has no name"),
     ):
@@ -216,20 +210,7 @@ def test_damage_is_repeatable_and_in_proportion() -> None:
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained pipeline whose output still depends on everything (no zero weights)."""
-    torch.manual_seed(0)
-    tokenizer, tokenizer_2 = build_tokenizers()
-    llama, clip = build_text_encoders("tiny", tokenizer, tokenizer_2)
-    dit = build_transformer("tiny", 4)
-    for parameter in dit.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.2)
-    pipe = build_pipeline(
-        vae=build_vae("tiny"), transformer=dit, llama=llama, clip=clip, tokenizer=tokenizer, tokenizer_2=tokenizer_2
-    )
-    out = tmp_path_factory.mktemp("bench") / "model"
-    export_pipeline(pipe, out, torch.bfloat16, "test\n", {})
-    return out
+    return tiny_moving_shapes(tmp_path_factory.mktemp("bench") / "model")
 
 
 def test_bench_tells_steps_guidance_damage_and_ceilings_apart(
@@ -251,11 +232,13 @@ def test_bench_tells_steps_guidance_damage_and_ceilings_apart(
         main([str(tmp_path)])
 
 
-def test_videopipes_own_ranks_are_a_case_like_the_others(tiny_model: Path, tmp_path: Path) -> None:
+def test_videopipes_own_ranks_are_a_case_like_the_others(
+    tiny_model: Path, tmp_path: Path, launcher: LocalLauncher
+) -> None:
     report = tmp_path / "quality.json"
     cases = ["exact:steps=2", "own:steps=2,groups.dit_ranks=1,groups.vae_ranks=0", "other:steps=3,groups.vae_ranks=0"]
     arguments = [str(tiny_model), "--prompts", "2", "--frames", "5", "--height", "32", "--width", "32", "--batch", "1"]
-    assert main([*arguments, *(a for c in cases for a in ("--case", c)), "--json", str(report)]) == 0
+    assert main([*arguments, *(a for c in cases for a in ("--case", c)), "--json", str(report)], launcher) == 0
     results = {r["case"]["name"]: r for r in json.loads(report.read_text())["results"]}
     assert results["own"]["identical"] == 2  # one DiT rank is bit-equal to diffusers
     assert results["other"]["identical"] == 0
@@ -269,3 +252,62 @@ def test_batch_size_does_not_change_the_clips(tiny_model: Path) -> None:
         list(diffusers_renderer(tiny_model, case, size, torch.device("cpu"), batch)(prompts)) for batch in (1, 3)
     )
     assert max(int(np.abs(a.astype(int) - b).max()) for a, b in zip(one, three, strict=True)) <= 1
+
+
+def test_a_mistake_in_a_later_case_is_found_before_the_first(tiny_model: Path, tmp_path: Path) -> None:
+    for case, message in (
+        ("own:groups.dit_rank=2", r"case 'own': groups.dit_rank"),
+        ("own:groups.dit_ranks=2,attention.balance=row", r"case 'own': attention.balance='row'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            main([str(tiny_model), "--case", "exact:steps=2", "--case", case, "--json", str(tmp_path / "report.json")])
+    with pytest.raises(ValueError, match=r"case 'exact': num_frames=16 .* nearest is 17"):
+        main([str(tiny_model), "--frames", "16"])
+    assert not (tmp_path / "report.json").exists()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+    with pytest.raises(ValueError, match="is a WanPipeline, must be one of HunyuanVideoPipeline, OpenSoraPlanPipeline"):
+        main([str(tmp_path)])
+
+
+def test_the_report_is_there_before_the_last_case(prompts: list[BenchPrompt]) -> None:
+    seen: list[int] = []
+
+    def renderer_of(case: Case) -> Renderer:
+        assert len(seen) == int(case.name)
+        return truth_renderer(SIZE)
+
+    run_bench(
+        prompts[:2], [Case(name=str(i)) for i in range(3)], renderer_of, lambda results: seen.append(len(results))
+    )
+    assert seen == [1, 2, 3]
+
+
+def test_open_sora_plan_is_benched_like_the_first_model(
+    tmp_path: Path, launcher: LocalLauncher, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, report = tiny_open_sora_plan(tmp_path / "model"), tmp_path / "quality.json"
+    cases = ["exact:steps=3", "own:steps=3,groups.vae_ranks=0", "plain:steps=3,guidance=1", "broken:steps=3,damage=0.5"]
+    cases += ["fast:steps=2", "vae:renderer=vae"]
+    arguments = [
+        str(model),
+        "--prompts",
+        "2",
+        "--frames",
+        "5",
+        "--height",
+        "32",
+        "--width",
+        "32",
+        "--json",
+        str(report),
+    ]
+    assert main([*arguments, *(a for c in cases for a in ("--case", c))], launcher) == 0
+    assert capsys.readouterr().out.count("\n") == len(cases) + 2
+    results = {r["case"]["name"]: r for r in json.loads(report.read_text())["results"]}
+    assert results["own"]["identical"] == 2  # one DiT rank is bit-equal to one process
+    assert results["own"]["largest_difference"] == 0
+    for name in ("plain", "broken", "fast", "vae"):
+        assert results[name]["identical"] == 0, name
+        assert results[name]["largest_difference"] > 0
+    with pytest.raises(ValueError, match=r"case 'x': true_cfg_scale=3 must be 1: .* nearest is guidance_scale=3"):
+        main([*arguments, "--case", "x:true_cfg=3"])

@@ -385,21 +385,6 @@ def test_a_wrong_side_car_is_named(tmp_path: Path, old: str, new: str, message: 
         media.read_side_car(path)
 
 
-def test_contact_sheet_shows_first_and_last_frames(tmp_path: Path) -> None:
-    clips = [moving_clip(9), moving_clip(2, 32, 64, seed=1)]
-    path = media.contact_sheet(clips, tmp_path / "sheet.png", columns=3, thumb_width=64, gap=2)
-    sheet = media.read_video(path)[0]
-    assert sheet.shape == (2 + 48 + 2 + 32 + 2, 2 + 3 * 66, 3)
-    for column, index in enumerate((0, 4, 8)):
-        assert np.array_equal(sheet[2:50, 2 + 66 * column : 66 + 66 * column], clips[0][index])
-    assert np.array_equal(sheet[52:84, 68:132], clips[1][1])
-    assert (sheet[52:84, 134:] == 24).all()  # two frames only: the third place stays empty
-    with pytest.raises(ValueError, match=r"clips=\[\] is empty"):
-        media.contact_sheet([], tmp_path / "none.png")
-    with pytest.raises(ValueError, match="columns=0 must be at least 1"):
-        media.contact_sheet(clips, tmp_path / "none.png", columns=0)
-
-
 def test_module_loads_without_av_or_torch() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['av', 'torch', 'safetensors', 'PIL'])); "

@@ -1,7 +1,8 @@
 """Measure what a text-to-video pipeline draws: does it follow held-out prompts, and how far is it from the exact run?
 
-    python -m tools.bench_quality MODEL_DIR --prompts 200 --case exact:steps=50 --case fast:steps=8 --json quality.json
+    python -m tools.bench_quality MODEL --prompts 200 --case exact:steps=50 --case fast:steps=8 --json quality.json
 
+MODEL is a pipeline directory of HunyuanVideo or Open-Sora-Plan, or a bundled one such as `bundled:moving_shapes`.
 Each `--case NAME:key=value,...` renders the same prompts with the same noise. The first case is the reference: the
 others are compared with it clip by clip (PSNR, SSIM) and prompt by prompt (exact McNemar test of "all attributes
 right"). Two cases need no model run: `renderer=truth` shows what the detector can reach and `renderer=vae` what the
@@ -28,15 +29,29 @@ from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoPipeline
 from numpy.typing import NDArray
 
 from pipelines import HunyuanVideoPipeline as OwnHunyuanVideoPipeline
+from pipelines import OpenSoraPlanPipeline
+from pipelines.bundled import find_weights
+from pipelines.checkpoint import Checkpoint
+from pipelines.families import load_family
+from pipelines.launch import LocalLauncher
+from pipelines.models.open_sora_plan_layout import find_folders
+from pipelines.models.open_sora_plan_loading import load_vae
+from pipelines.open_sora_plan import DEFAULT_GUIDANCE_SCALE, load_parts, render_frames
 from tools.moving_shapes import ATTRIBUTES, Detector, Scene, Split, caption, render, scene_at, score
+from videopipe.config import Config, load_config
+from videopipe.files import write_bytes
 from videopipe.geometry import VideoSpec
 from videopipe.records import VideoRequest
 
 Frames = NDArray[np.uint8]
-RendererName = Literal["diffusers", "videopipe", "vae", "truth"]
+FamilyName = Literal["hunyuan-video", "open-sora-plan"]
+RendererName = Literal["reference", "videopipe", "vae", "truth"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
 MAX_PSNR_DB = 100.0  # what equal clips count as
+_FAMILIES: dict[str, FamilyName] = {"HunyuanVideoPipeline": "hunyuan-video", "OpenSoraPlanPipeline": "open-sora-plan"}
+_GUIDANCE: dict[FamilyName, float] = {"hunyuan-video": 6.0, "open-sora-plan": DEFAULT_GUIDANCE_SCALE}
+_TEXT_TOKENS = {"hunyuan-video": 256, "open-sora-plan": 512}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,15 +68,17 @@ class BenchPrompt:
 class Case:
     """One way to render.
 
-    `guidance` is the embedded scale, `true_cfg` above 1 adds the unconditional branch (negative prompt ""), `damage`
-    adds Gaussian noise to every DiT weight, as a multiple of that tensor's standard deviation. `overrides` are
-    `path=value` strings for videopipe's configuration.
+    `renderer` "reference" is the model in one process: diffusers' own pipeline, or for Open-Sora-Plan the functions of
+    `pipelines.open_sora_plan`. `guidance` is HunyuanVideo's embedded scale and Open-Sora-Plan's classifier-free one
+    (None: the family's default), `true_cfg` above 1 adds HunyuanVideo's unconditional branch (negative prompt ""),
+    `damage` adds Gaussian noise to every DiT weight, as a multiple of that tensor's standard deviation. `overrides`
+    are `path=value` strings for videopipe's configuration.
     """
 
     name: str
-    renderer: RendererName = "diffusers"
+    renderer: RendererName = "reference"
     steps: int = 50
-    guidance: float = 6.0
+    guidance: float | None = None
     true_cfg: float = 1.0
     dtype: DtypeName = "float32"
     damage: float = 0.0
@@ -124,8 +141,42 @@ def parse_case(text: str) -> Case:
     if case.renderer != "videopipe" and case.overrides:
         raise ValueError(f"case {name!r}: {case.overrides[0]!r} means nothing to {case.renderer}, nearest is videopipe")
     if case.renderer == "videopipe" and case.damage:
-        raise ValueError(f"case {name!r}: damage={case.damage} needs renderer=diffusers, nearest is 0")
+        raise ValueError(f"case {name!r}: damage={case.damage} needs renderer=reference, nearest is 0")
     return case
+
+
+def family_of(model: Path) -> FamilyName:
+    """The family of a pipeline directory, by its model_index.json.
+
+    Raises:
+        ValueError: no such file, or another family.
+    """
+    file = model / "model_index.json"
+    if not file.is_file():
+        raise ValueError(f"model={str(model)!r} is no pipeline directory: it holds no model_index.json")
+    name = json.loads(file.read_text()).get("_class_name")
+    if name not in _FAMILIES:
+        raise ValueError(f"model={str(model)!r} is a {name}, must be one of {', '.join(_FAMILIES)}")
+    return _FAMILIES[name]
+
+
+def check_cases(model: Path, cases: Sequence[Case], size: ClipSize) -> None:
+    """Refuse what could not be rendered, before hours are spent on the cases before it.
+
+    Raises:
+        ValueError: names the case, the field, the value and the nearest valid value.
+    """
+    family = load_family(family_of(model))
+    facts = family.facts(Checkpoint(str(model)))
+    prompt = BenchPrompt(id="check", prompt="", seed=0, scene=scene_at(0, 0))
+    for case in cases:
+        if case.renderer in ("reference", "videopipe"):
+            family.check_request(_request(prompt, case, size, family_of(model)), facts, f"case {case.name!r}: ")
+        if case.renderer == "videopipe":
+            try:
+                family.check_config(_config(model, case))
+            except ValueError as error:
+                raise ValueError(f"case {case.name!r}: {error}") from None
 
 
 def bench_prompts(count: int, *, seed: int, split: Split, num_objects: int | None) -> list[BenchPrompt]:
@@ -158,12 +209,34 @@ def diffusers_renderer(model: Path, case: Case, size: ClipSize, device: torch.de
                 width=size.width,
                 num_frames=size.num_frames,
                 num_inference_steps=case.steps,
-                guidance_scale=case.guidance,
+                guidance_scale=_guidance(case, "hunyuan-video"),
                 true_cfg_scale=case.true_cfg,
                 generator=[torch.Generator().manual_seed(p.seed) for p in part],
                 output_type="np",
             ).frames
             yield from np.rint(np.asarray(video) * 255).astype(np.uint8)
+
+    return renderer
+
+
+def one_process_renderer(model: Path, case: Case, size: ClipSize, device: torch.device) -> Renderer:
+    """An Open-Sora-Plan directory in this process, one prompt at a time."""
+    parts = load_parts(model, dtype=getattr(torch, case.dtype), device=device)
+    if case.damage:
+        damage_weights(parts.transformer, case.damage)
+
+    def renderer(prompts: Sequence[BenchPrompt]) -> Iterable[Frames]:
+        for p in prompts:
+            frames = render_frames(
+                parts,
+                p.prompt,
+                spec=_spec(size),
+                num_inference_steps=case.steps,
+                guidance_scale=_guidance(case, "open-sora-plan"),
+                seed=p.seed,
+                max_sequence_length=_TEXT_TOKENS["open-sora-plan"],
+            )
+            yield frames.numpy()
 
     return renderer
 
@@ -179,27 +252,18 @@ class _Result(Protocol):
 
 
 def videopipe_renderer(
-    render_all: Callable[[list[VideoRequest]], Iterable[_Result]], case: Case, size: ClipSize
+    render_all: Callable[[list[VideoRequest]], Iterable[_Result]],
+    case: Case,
+    size: ClipSize,
+    family: FamilyName = "hunyuan-video",
 ) -> Renderer:
     """Any videopipe configuration, given the `render` method of its open pipeline; clips may finish in any order.
 
-    The requests carry the same prompts and seeds as `diffusers_renderer`, so the two start from the same noise.
+    The requests carry the same prompts and seeds as the reference, so the two start from the same noise.
     """
 
     def renderer(prompts: Sequence[BenchPrompt]) -> Iterable[Frames]:
-        requests = [
-            VideoRequest(
-                id=p.id,
-                prompt=p.prompt,
-                negative_prompt="" if case.true_cfg > 1 else None,
-                spec=VideoSpec(height=size.height, width=size.width, num_frames=size.num_frames),
-                num_inference_steps=case.steps,
-                guidance_scale=case.guidance,
-                true_cfg_scale=case.true_cfg,
-                seed=p.seed,
-            )
-            for p in prompts
-        ]
+        requests = [_request(p, case, size, family) for p in prompts]
         clips = {result.request_id: result.frames for result in render_all(requests)}
         missing = [p.id for p in prompts if p.id not in clips]
         if missing:
@@ -211,22 +275,53 @@ def videopipe_renderer(
     return renderer
 
 
-def local_renderer(model: Path, case: Case, size: ClipSize) -> Renderer:
+def local_renderer(model: Path, case: Case, size: ClipSize, launcher: LocalLauncher | None = None) -> Renderer:
     """The model directory through videopipe on ranks of this machine, as the case's overrides configure them."""
+    family = family_of(model)
+    pipeline = {"hunyuan-video": OwnHunyuanVideoPipeline, "open-sora-plan": OpenSoraPlanPipeline}[family]
 
     def renderer(prompts: Sequence[BenchPrompt]) -> Iterable[Frames]:
-        with OwnHunyuanVideoPipeline.from_pretrained(
-            model, overrides=case.overrides, torch_dtype=getattr(torch, case.dtype)
-        ) as pipe:
-            yield from videopipe_renderer(pipe.render, case, size)(prompts)
+        with pipeline.from_pretrained(config=_config(model, case), launcher=launcher) as pipe:
+            yield from videopipe_renderer(pipe.render, case, size, family)(prompts)
 
     return renderer
 
 
+def _config(model: Path, case: Case) -> Config:
+    given = {"family": family_of(model), "weights": str(model), "dtype": case.dtype}
+    return load_config({"model": given}, case.overrides)
+
+
+def _request(prompt: BenchPrompt, case: Case, size: ClipSize, family: FamilyName) -> VideoRequest:
+    return VideoRequest(
+        id=prompt.id,
+        prompt=prompt.prompt,
+        negative_prompt="" if case.true_cfg > 1 else None,
+        spec=_spec(size),
+        num_inference_steps=case.steps,
+        guidance_scale=_guidance(case, family),
+        true_cfg_scale=case.true_cfg,
+        seed=prompt.seed,
+        max_sequence_length=_TEXT_TOKENS[family],
+    )
+
+
+def _guidance(case: Case, family: FamilyName) -> float:
+    return _GUIDANCE[family] if case.guidance is None else case.guidance
+
+
+def _spec(size: ClipSize) -> VideoSpec:
+    return VideoSpec(height=size.height, width=size.width, num_frames=size.num_frames)
+
+
 def vae_renderer(model: Path, case: Case, size: ClipSize, device: torch.device) -> Renderer:
     """The real clip of each scene through the model's VAE: the best that any denoiser could reach."""
-    vae = AutoencoderKLHunyuanVideo.from_pretrained(model, subfolder="vae", dtype=getattr(torch, case.dtype))
-    vae.to(device)
+    dtype = getattr(torch, case.dtype)
+    vae: Any
+    if family_of(model) == "open-sora-plan":
+        vae = load_vae(find_folders(model).vae, dtype, device)
+    else:
+        vae = AutoencoderKLHunyuanVideo.from_pretrained(model, subfolder="vae", dtype=dtype).to(device)
 
     @torch.no_grad()
     def renderer(prompts: Sequence[BenchPrompt]) -> Iterable[Frames]:
@@ -254,14 +349,18 @@ def damage_weights(module: torch.nn.Module, amount: float) -> None:
             parameter.add_(amount * parameter.std() * noise)
 
 
-def make_renderer(model: Path, case: Case, size: ClipSize, device: torch.device, batch: int) -> Renderer:
+def make_renderer(
+    model: Path, case: Case, size: ClipSize, device: torch.device, batch: int, launcher: LocalLauncher | None = None
+) -> Renderer:
     """The renderer that the case names."""
     if case.renderer == "truth":
         return truth_renderer(size)
     if case.renderer == "videopipe":
-        return local_renderer(model, case, size)
+        return local_renderer(model, case, size, launcher)
     if case.renderer == "vae":
         return vae_renderer(model, case, size, device)
+    if family_of(model) == "open-sora-plan":
+        return one_process_renderer(model, case, size, device)
     return diffusers_renderer(model, case, size, device, batch)
 
 
@@ -338,7 +437,8 @@ def measure(prompts: Sequence[BenchPrompt], renderer: Renderer, reference: Seque
     Returns:
         "frames" (the clips), "right" (per prompt, all attributes of all objects), "accuracy" by attribute with
         right, total, share, low and high (per object; an abstention is wrong, and counted under "abstained"),
-        "seconds_per_clip", and with a reference "psnr_db", "ssim" and "identical".
+        "seconds_per_clip", and with a reference "psnr_db" and "ssim" (mean and half width of its 95 % interval),
+        "identical" (clips) and "largest_difference" (of a value in any of them, of 255).
     Raises:
         ValueError: the renderer gave another number of clips than prompts.
     """
@@ -384,17 +484,23 @@ def measure(prompts: Sequence[BenchPrompt], renderer: Renderer, reference: Seque
         pairs = list(zip(reference, clips, strict=True))
         result["psnr_db"] = _mean_and_error([psnr_db(a, b) for a, b in pairs])
         result["ssim"] = _mean_and_error([ssim(a, b) for a, b in pairs])
-        result["identical"] = sum(bool(np.array_equal(a, b)) for a, b in pairs)
+        differences = [int(np.abs(a.astype(np.int16) - b.astype(np.int16)).max()) for a, b in pairs]
+        result["identical"] = differences.count(0)
+        result["largest_difference"] = max(differences)
     return result
 
 
 def run_bench(
-    prompts: Sequence[BenchPrompt], cases: Sequence[Case], renderer_of: Callable[[Case], Renderer]
+    prompts: Sequence[BenchPrompt],
+    cases: Sequence[Case],
+    renderer_of: Callable[[Case], Renderer],
+    on_results: Callable[[list[dict[str, Any]]], None] = lambda results: None,
 ) -> list[dict[str, Any]]:
     """Measure every case against the first one.
 
     Args:
         renderer_of: gives the renderer of a case; called when the case's turn comes, so one model is held at a time.
+        on_results: is given all results so far after each case, so that a run that is stopped has not been in vain.
     Returns:
         One dictionary per case, ready for JSON: what `measure` gives without the clips, the case itself, and
         "p_same_as_reference", the exact McNemar p-value.
@@ -417,12 +523,17 @@ def run_bench(
         else:
             result["p_same_as_reference"] = float(f"{mcnemar(first, right):.3g}")
         results.append({"case": asdict(case), **result})
+        on_results(results)
     return results
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results as a Markdown table: share in percent with its 95 % interval, distance from the first case."""
-    head = ["case", *ATTRIBUTES, "all", "PSNR dB", "SSIM", "p", "s/clip"]
+    """The results as a Markdown table.
+
+    Share in percent with its 95 % interval; distance from the first case, the clips that are the same to the bit, and
+    the probability that "everything right" happens as often.
+    """
+    head = ["case", *ATTRIBUTES, "all", "PSNR dB", "SSIM", "same", "p", "s/clip"]
     rows = [head, ["---"] * len(head)]
     for r in results:
         row = [r["case"]["name"]]
@@ -430,18 +541,18 @@ def table(results: Sequence[dict[str, Any]]) -> str:
             a = r["accuracy"][name]
             row.append(f"{100 * a['share']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]")
         if "psnr_db" in r:
-            row += [f"{r['psnr_db']['mean']:.2f} ±{r['psnr_db']['half_width']:.2f}", f"{r['ssim']['mean']:.4f}"]
-            row.append(f"{r['p_same_as_reference']:.2g}")
+            row += [f"{r[key]['mean']:.{n}f} ±{r[key]['half_width']:.{n}f}" for key, n in (("psnr_db", 2), ("ssim", 4))]
+            row += [str(r["identical"]), f"{r['p_same_as_reference']:.2g}"]
         else:
-            row += ["reference", "", ""]
+            row += ["reference", "", "", ""]
         rows.append([*row, f"{r['seconds_per_clip']:.2f}"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Render, measure, print the table and write the JSON."""
+def main(argv: Sequence[str] | None = None, launcher: LocalLauncher | None = None) -> int:
+    """Render, measure, print the table and write the JSON; `launcher` starts the ranks, where somebody has one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="pipeline directory")
+    parser.add_argument("model", help="pipeline directory, or bundled:NAME")
     parser.add_argument("--case", action="append", type=parse_case, dest="cases", help="NAME:key=value,... (repeat)")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--split", choices=("held_out", "train", "any"), default="held_out")
@@ -454,16 +565,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="write the results there")
     args = parser.parse_args(argv)
-    if not (args.model / "model_index.json").is_file():
-        raise ValueError(f"model={str(args.model)!r} is no pipeline directory: it holds no model_index.json")
+    model = Path(find_weights(args.model))
     cases = args.cases or [Case(name="exact")]
     size = ClipSize(num_frames=args.frames, height=args.height, width=args.width)
+    check_cases(model, cases, size)
     device = torch.device(args.device)
     prompts = bench_prompts(args.prompts, seed=args.seed, split=args.split, num_objects=args.objects)
-    results = run_bench(prompts, cases, lambda case: make_renderer(args.model, case, size, device, args.batch))
-    sys.stdout.write(table(results))
-    if args.json is not None:
+
+    def keep(results: list[dict[str, Any]]) -> None:
+        sys.stderr.write(f"{len(results)} of {len(cases)} cases: {results[-1]['case']['name']} is done\n")
+        if args.json is None:
+            return
         report = {
+            "model": args.model,
             "prompts": {"count": len(prompts), "split": args.split, "seed": args.seed, "objects": args.objects},
             "size": asdict(size),
             "device": args.device,
@@ -472,9 +586,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "results": results,
         }
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        temporary = args.json.with_suffix(".part")
-        temporary.write_text(json.dumps(report, indent=1) + "\n")
-        temporary.rename(args.json)
+        write_bytes(args.json, (json.dumps(report, indent=1) + "\n").encode())
+
+    def renderer_of(case: Case) -> Renderer:
+        return make_renderer(model, case, size, device, args.batch, launcher)
+
+    results = run_bench(prompts, cases, renderer_of, keep)
+    sys.stdout.write(table(results))
     return 0
 
 

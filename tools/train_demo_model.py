@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -456,12 +457,17 @@ def _edge_weight(video: Tensor) -> Tensor:
     return weight / weight.mean()
 
 
+def moments_of(vae: AutoencoderKLHunyuanVideo, video: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and log-variance [B, C, T', H', W'] float32 of the latents of video [B, 3, T, H, W], not tiled."""
+    mean, logvar = vae.quant_conv(vae.encoder(video)).float().chunk(2, dim=1)
+    return mean, logvar.clamp(-30, 20)
+
+
 def vae_loss(
     vae: AutoencoderKLHunyuanVideo, video: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Edge-weighted L1 + MSE and a small KL of the reconstruction of video [B, 3, T, H, W] in [-1, 1]."""
-    mean, logvar = vae.quant_conv(vae.encoder(video)).float().chunk(2, dim=1)
-    logvar = logvar.clamp(-30, 20)
+    mean, logvar = moments_of(vae, video)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     back = vae.decoder(vae.post_quant_conv(mean + torch.exp(0.5 * logvar) * noise)).float()
     error = (back - video).abs()
@@ -564,7 +570,7 @@ def finish_vae(run: Path, recipe: Recipe, compute: Compute, *, accept: bool) -> 
             f"psnr_db={scores['psnr_db']}, shape={scores['shape']} of the VAE: need {MIN_PSNR_DB} dB and "
             f"{MIN_SHAPE_SCORE}; train it longer, or pass --accept-vae"
         )
-    fold_whitening(vae, *aggregate_moments(vae, recipe))
+    fold_whitening(vae, *aggregate_moments(partial(moments_of, vae), recipe, compute.device))
     about = {"iteration": state["iteration"], "seconds": round(state["seconds"], 1), **scores}
     _write_json(about, run / "vae.json")
     _save_tensors(vae.state_dict(), file)
@@ -578,8 +584,14 @@ def _cached_scene(recipe: Recipe, index: int, stage: int = _CACHE) -> Scene:
     return scene_at(recipe.seed * 16 + stage + 1, index)
 
 
+# Video [B, 3, T, H, W] float32 to mean and log-variance of its latents: a family's VAE as the shared stages see it.
+Moments = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
 @torch.no_grad()
-def aggregate_moments(vae: AutoencoderKLHunyuanVideo, recipe: Recipe, num_clips: int = 256) -> tuple[Tensor, Tensor]:
+def aggregate_moments(
+    moments: Moments, recipe: Recipe, device: torch.device, num_clips: int = 256
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [C] of latents *sampled* for clips that no later stage sees.
 
     A channel that the VAE hardly uses has means that barely move and a variance near one. Divided by the spread of
@@ -588,12 +600,11 @@ def aggregate_moments(vae: AutoencoderKLHunyuanVideo, recipe: Recipe, num_clips:
     """
     sums = []
     for chunk in range(num_clips // 16):
-        frames = _RenderChunks(recipe, 16, _EVAL)(chunk).numpy()
-        posterior = vae.encode(_to_input(frames).to(vae.device)).latent_dist
-        mean, variance = posterior.mean.double(), posterior.var.double()
-        sums.append(torch.stack([mean.mean((0, 2, 3, 4)), (mean.square() + variance).mean((0, 2, 3, 4))]))
-    first, second = torch.stack(sums).mean(0)
-    return first, (second - first.square()).sqrt()
+        mean, logvar = moments(_to_input(_RenderChunks(recipe, 16, _EVAL)(chunk).numpy()).to(device))
+        second = mean.double().square() + logvar.double().exp()
+        sums.append(torch.stack([mean.double().mean((0, 2, 3, 4)), second.mean((0, 2, 3, 4))]))
+    mean, square = torch.stack(sums).mean(0)
+    return mean, (square - mean.square()).sqrt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -611,7 +622,7 @@ class _RenderChunks:
 
 
 @torch.no_grad()
-def cache_latents(vae: AutoencoderKLHunyuanVideo, run: Path, recipe: Recipe, compute: Compute) -> Tensor:
+def cache_latents(moments: Moments, run: Path, recipe: Recipe, compute: Compute) -> Tensor:
     """Latents float16 [N, C, T', H', W'] of the training clips, encoded once and kept in latents.safetensors."""
     file = run / "latents.safetensors"
     if file.exists():
@@ -623,7 +634,7 @@ def cache_latents(vae: AutoencoderKLHunyuanVideo, run: Path, recipe: Recipe, com
     for frames in _batches(_RenderChunks(recipe, size), 0, recipe.cached_clips // size, compute):
         video = _to_input(frames.numpy()).to(compute.device)
         with compute.autocast():
-            parts.append(vae.quant_conv(vae.encoder(video)).chunk(2, dim=1)[0].half().cpu())  # the mean
+            parts.append(moments(video)[0].half().cpu())
     latents = torch.cat(parts)
     _save_tensors({"latents": latents}, file)
     return latents
@@ -768,7 +779,7 @@ def _build_parts(run: Path, recipe: Recipe, compute: Compute) -> _Parts:
 def train_dit(run: Path, recipe: Recipe, compute: Compute, *, accept_vae: bool) -> bool:
     """Train the DiT and text encoders on a finished VAE's latents; True when the total is reached."""
     vae = finish_vae(run, recipe, compute, accept=accept_vae)
-    latents = cache_latents(vae, run, recipe, compute)
+    latents = cache_latents(partial(moments_of, vae), run, recipe, compute)
     latents = latents.to(compute.device) if compute.device.type == "cuda" else latents
     parts = _build_parts(run, recipe, compute)
     if compute.device.type == "cpu":

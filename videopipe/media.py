@@ -435,40 +435,6 @@ def latents_hash(latents: "torch.Tensor") -> str:
     return digest.hexdigest()
 
 
-def contact_sheet(clips: Sequence[Frames], path: Path, columns: int = 6, thumb_width: int = 320, gap: int = 4) -> Path:
-    """One PNG with a row for each clip: `columns` frames at even distances, the first and the last among them.
-
-    Args:
-        clips: uint8 [T, H, W, 3] each, sizes may differ; a clip with fewer frames than columns shows each once.
-        path: the PNG.
-        columns: frames per clip.
-        thumb_width: width of each picture, px; the height follows.
-        gap: px between pictures.
-    Raises:
-        ValueError: no clip, or columns, thumb_width or gap too small.
-    """
-    if not clips:
-        raise ValueError("clips=[] is empty, need at least 1")
-    for field, value, least in (("columns", columns, 1), ("thumb_width", thumb_width, 2), ("gap", gap, 0)):
-        if value < least:
-            raise ValueError(f"{field}={value} must be at least {least}, nearest is {least}")
-    rows = []
-    for clip in clips:
-        check_frames(clip)
-        picks = np.unique(np.linspace(0, len(clip) - 1, min(columns, len(clip))).round().astype(int))
-        rows.append([_resize(clip[i], thumb_width) for i in picks])
-    height = sum(row[0].shape[0] + gap for row in rows) + gap
-    sheet = np.full((1, height, columns * (thumb_width + gap) + gap, 3), 24, np.uint8)
-    top = gap
-    for row in rows:
-        for column, picture in enumerate(row):
-            left = gap + column * (thumb_width + gap)
-            sheet[0, top : top + picture.shape[0], left : left + thumb_width] = picture
-        top += row[0].shape[0] + gap
-    write_bytes(path, next(iter(png_files(sheet))))
-    return path
-
-
 def check_choice(field: str, value: str, valid: Iterable[str], condition: str = "") -> None:
     """Refuse a value that is none of `valid`.
 
@@ -509,16 +475,6 @@ def png_files(frames: Frames) -> Iterable[bytes]:
         frame.pts = index
         (packet,) = context.encode(frame)
         yield bytes(packet)
-
-
-def _resize(picture: npt.NDArray[np.uint8], width: int) -> npt.NDArray[np.uint8]:
-    import av
-
-    height = max(1, round(picture.shape[0] * width / picture.shape[1]))
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-    smaller = width < picture.shape[1]
-    resized = frame.reformat(width=width, height=height, format="rgb24", interpolation="AREA" if smaller else "BICUBIC")
-    return np.asarray(resized.to_ndarray())
 
 
 def _hash_header(kind: str, dtype: str, shape: Iterable[int]) -> bytes:
