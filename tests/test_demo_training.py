@@ -44,6 +44,7 @@ from tools.train_demo_model import (
     save_atomic,
     slim,
     start_from,
+    train_decoder,
     train_dit,
     train_vae,
 )
@@ -243,6 +244,23 @@ def test_a_vae_below_its_targets_is_not_trained_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"of the VAE: need 30.0 dB and 0.97; train it longer"):
         finish_vae(tmp_path, _recipe(), _compute(), accept=False)
     assert not (tmp_path / "vae.safetensors").exists()
+
+
+def test_a_decoder_goes_on_without_moving_the_latents(whole_run: Path, tmp_path: Path) -> None:
+    """Else a DiT that was trained on them would have to be trained again."""
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"holds no vae.safetensors: train with --stage dit first"):
+        train_decoder(run, _recipe(), _compute(), 2)
+    slim(whole_run, run)
+    before = load_file(run / "vae.safetensors")
+    assert not train_decoder(run, _recipe(), _compute(stop_after=1), 2)
+    assert train_decoder(run, _recipe(), _compute(), 2)
+    after = load_file(run / "vae.safetensors")
+    assert before.keys() == after.keys()
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"decoder", "post_quant_conv"}
+    about = json.loads((run / "vae.json").read_text())
+    assert (about["iteration"], about["decoder_iteration"]) == (6, 2)
 
 
 # --- text ---------------------------------------------------------------------------------------------------------

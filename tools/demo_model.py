@@ -259,19 +259,25 @@ def _split_on(text: str, separators: Sequence[str]) -> list[str]:
 
 
 def tokenize(
-    prompts: Sequence[str], tokenizer: PreTrainedTokenizerFast, tokenizer_2: PreTrainedTokenizerFast
+    prompts: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    tokenizer_2: PreTrainedTokenizerFast,
+    *,
+    same_length: bool = False,
 ) -> dict[str, Tensor]:
     """Ids and masks as the pipeline makes them, padded to the longest prompt instead of 256 and 77 places.
 
     Both encoders are causal, so what follows a prompt's last token cannot change what is read of it.
 
+    Args:
+        same_length: always TEXT_TOKENS for the DiT, so that all batches have the same shape.
     Returns:
         ids and mask int64 [B, CROP_START + L], L at most TEXT_TOKENS, for the Llama; ids_2 int64 [B, L2] for CLIP.
     """
     first = tokenizer(
         [TEMPLATE.format(p) for p in prompts],
         max_length=CROP_START + TEXT_TOKENS,
-        padding="longest",
+        padding="max_length" if same_length else "longest",
         truncation=True,
         return_tensors="pt",
     )

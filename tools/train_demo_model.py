@@ -61,7 +61,7 @@ MIN_PSNR_DB = 30.0
 MIN_SHAPE_SCORE = 0.97
 _VAE, _CACHE, _DIT, _EVAL = range(4)  # first words of the random keys
 _VAE_IMAGES_FIRST = 2000  # iterations; less where the total is small
-_DIT_IMAGES_FIRST = 600
+_DIT_IMAGES_FIRST = 500
 _FIXED = ("seed", "vae", "dit", "num_frames", "height", "width")  # of the recipe, in one run
 
 
@@ -115,6 +115,7 @@ class Compute:
     checkpoint_s: float
     eval_s: float
     eval_prompts: int
+    compile_blocks: bool = False  # of the DiT: minutes at the start of each call, then quicker
     anneal: bool = False  # decay the learning rate over this call's time instead of by iteration
     stop_after: int | None = None  # iterations of this call, for tests
 
@@ -406,12 +407,13 @@ def _to_input(frames: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _VaeBatches:
-    """Clips for VAE iteration i: images first, since many different pictures are what teaches edges and colours."""
+    """Clips for VAE iteration first + i: images to begin with, since many pictures teach edges and colours."""
 
     recipe: Recipe
+    first: int = 0
 
     def __call__(self, iteration: int) -> Tensor:
-        r = self.recipe
+        r, iteration = self.recipe, self.first + iteration
         rng = np.random.default_rng([r.seed, _VAE, iteration])
         images_first = min(_VAE_IMAGES_FIRST, 0.25 * r.vae_iterations)
         coin = rng.random()
@@ -468,12 +470,19 @@ def vae_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Edge-weighted L1 + MSE and a small KL of the reconstruction of video [B, 3, T, H, W] in [-1, 1]."""
     mean, logvar = moments_of(vae, video)
+    loss, parts = _reconstruction_loss(vae, video, mean, logvar, generator)
+    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+    return loss + KL_WEIGHT * kl, {**parts, "kl": kl.detach(), "latent_std": mean.detach().std()}
+
+
+def _reconstruction_loss(
+    vae: AutoencoderKLHunyuanVideo, video: Tensor, mean: Tensor, logvar: Tensor, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     back = vae.decoder(vae.post_quant_conv(mean + torch.exp(0.5 * logvar) * noise)).float()
     error = (back - video).abs()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    loss = (_edge_weight(video) * (error + error.square())).mean() + KL_WEIGHT * kl
-    return loss, {"mse": error.detach().square().mean(), "kl": kl.detach(), "latent_std": mean.detach().std()}
+    loss = (_edge_weight(video) * (error + error.square())).mean()
+    return loss, {"mse": error.detach().square().mean()}
 
 
 def reconstruct(vae: AutoencoderKLHunyuanVideo, frames: Tensor) -> Tensor:
@@ -577,6 +586,58 @@ def finish_vae(run: Path, recipe: Recipe, compute: Compute, *, accept: bool) -> 
     return vae
 
 
+def train_decoder(run: Path, recipe: Recipe, compute: Compute, iterations: int) -> bool:
+    """Train the decoder of a finished VAE on, its latents fixed, so that a DiT trained on them stays as it is.
+
+    At the end the run's vae.safetensors has the better decoder; True when `iterations` are done.
+    Raises:
+        ValueError: the run has no finished VAE.
+    """
+    file = run / "vae.safetensors"
+    if not file.exists():
+        raise ValueError(f"run={str(run)!r} holds no vae.safetensors: train with --stage dit first")
+    vae = build_vae(recipe.vae).to(compute.device)
+    vae.load_state_dict(load_file(file, device=str(compute.device)))
+    trainer = Trainer(
+        stage="decoder",
+        run=run,
+        modules={"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv},
+        total=iterations,
+        lr=recipe.vae_lr,
+        decay_from=0.2,
+        ema_decay=0.998,
+        not_muon=("conv_in", "conv_out"),
+        compute=compute,
+    )
+
+    def loss_of(video: Tensor, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
+        video = video.to(compute.device, non_blocking=True)
+        generator = _generator(compute, recipe.seed, _VAE, recipe.vae_iterations + iteration, 1)
+        with compute.autocast():
+            with torch.no_grad():
+                mean, logvar = moments_of(vae, video)
+            return _reconstruction_loss(vae, video, mean, logvar, generator)
+
+    def better() -> AutoencoderKLHunyuanVideo:
+        averaged = vae.state_dict()
+        for name in trainer.modules:
+            averaged |= {f"{name}.{key}": value for key, value in trainer.ema.state_of(name).items()}
+        return _vae_of(averaged, recipe, compute)
+
+    def evaluate() -> dict[str, Any]:
+        return evaluate_vae(better(), recipe, compute.eval_prompts)
+
+    trainer.log({"iteration": trainer.iteration, "recipe": asdict(recipe), "device": str(compute.device)})
+    done = trainer.train(_VaeBatches(recipe, first=recipe.vae_iterations), loss_of, evaluate)
+    scores = evaluate()
+    trainer.log({"iteration": trainer.iteration, "evaluation": scores})
+    about = json.loads((run / "vae.json").read_text())
+    about |= {"decoder_iteration": trainer.iteration, "decoder_seconds": round(trainer.seconds, 1), **scores}
+    _save_tensors(better().state_dict(), file)
+    _write_json(about, run / "vae.json")
+    return done
+
+
 # --- stage 2: the DiT and the text encoders ---------------------------------------------------------------------------
 
 
@@ -652,6 +713,7 @@ class _DitBatches:
     recipe: Recipe
     tokenizer: PreTrainedTokenizerFast
     tokenizer_2: PreTrainedTokenizerFast
+    same_length: bool
 
     def __call__(self, iteration: int) -> dict[str, Tensor]:
         r = self.recipe
@@ -659,7 +721,8 @@ class _DitBatches:
         batch = (64 if _images_only(r, iteration) else 32) * r.batch_scale
         index = rng.integers(r.cached_clips, size=max(1, round(batch)))
         captions = ["" if rng.random() < 0.1 else caption(_cached_scene(r, int(i)), rng, omit=0.1) for i in index]
-        return {"index": torch.from_numpy(index), **tokenize(captions, self.tokenizer, self.tokenizer_2)}
+        tokens = tokenize(captions, self.tokenizer, self.tokenizer_2, same_length=self.same_length)
+        return {"index": torch.from_numpy(index), **tokens}
 
 
 def noise_levels(count: int, generator: torch.Generator) -> Tensor:
@@ -785,6 +848,8 @@ def train_dit(run: Path, recipe: Recipe, compute: Compute, *, accept_vae: bool) 
     if compute.device.type == "cpu":
         for block in (*parts.dit.transformer_blocks, *parts.dit.single_transformer_blocks):
             block.attn.set_processor(PlainAttention())
+            if compute.compile_blocks:
+                block.compile(dynamic=False)
     trainer = Trainer(
         stage="dit",
         run=run,
@@ -814,7 +879,8 @@ def train_dit(run: Path, recipe: Recipe, compute: Compute, *, accept_vae: bool) 
         }
 
     trainer.log({"iteration": trainer.iteration, "recipe": asdict(recipe), "device": str(compute.device)})
-    done = trainer.train(_DitBatches(recipe, parts.tokenizer, parts.tokenizer_2), loss_of, evaluate)
+    batches = _DitBatches(recipe, parts.tokenizer, parts.tokenizer_2, same_length=compute.compile_blocks)
+    done = trainer.train(batches, loss_of, evaluate)
     trainer.log({"iteration": trainer.iteration, "evaluation": evaluate()})
     return done
 
@@ -1009,7 +1075,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True, help="directory of checkpoints and curves")
     parser.add_argument("--resume", action="store_true", help="continue the run that the directory holds, if any")
     parser.add_argument("--start-from", type=Path, help="begin the run with the weights of an exported pipeline")
-    parser.add_argument("--stage", choices=("vae", "dit", "all", "evaluate-vae", "export", "slim"), required=True)
+    parser.add_argument(
+        "--stage", choices=("vae", "dit", "all", "decoder", "evaluate-vae", "export", "slim"), required=True
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop, with a checkpoint, after so long")
     parser.add_argument(
         "--anneal",
@@ -1021,6 +1089,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     parser.add_argument("--workers", type=int, default=0, help="processes that render batches ahead (0: in this one)")
+    parser.add_argument("--compile", action="store_true", help="the DiT's blocks, on a CPU: minutes, then quicker")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae", choices=get_args(VaeSize), default="small")
     parser.add_argument("--dit", choices=get_args(DitSize), default="base")
@@ -1029,6 +1098,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--vae-iterations", type=int, default=6000)
     parser.add_argument("--dit-iterations", type=int, default=20000)
+    parser.add_argument("--decoder-iterations", type=int, default=1500, help="of --stage decoder")
     parser.add_argument("--batch-scale", type=float, default=1.0, help="multiplies every batch size")
     parser.add_argument("--vae-lr", type=float, default=1.2e-3)
     parser.add_argument("--dit-lr", type=float, default=1e-3)
@@ -1075,11 +1145,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint_s=60 * args.checkpoint_minutes,
         eval_s=60 * args.eval_minutes,
         eval_prompts=args.eval_prompts,
+        compile_blocks=args.compile,
         anneal=args.anneal,
     )
     if args.start_from is not None:
         start_from(args.start_from, args.run, recipe)
-    if args.stage in ("vae", "dit", "all"):
+    if args.stage in ("vae", "dit", "all", "decoder"):
         open_run(args.run, recipe)
     else:  # look at a run: its own recipe, whatever the other arguments
         recipe = Recipe(**json.loads((args.run / "recipe.json").read_text()))
@@ -1093,6 +1164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = train_vae(args.run, recipe, replace(compute, deadline=sooner))
         if args.stage == "all" and not done and time.monotonic() > compute.deadline:
             return 0
+    if args.stage == "decoder":
+        train_decoder(args.run, recipe, compute, args.decoder_iterations)
     if args.stage in ("dit", "all"):
         train_dit(args.run, recipe, compute, accept_vae=args.accept_vae)
     if args.export is not None:
