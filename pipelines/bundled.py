@@ -47,7 +47,7 @@ def find_weights(weights: str, root: Path = _HERE) -> str:
     """What `model.weights` names: the directory of `bundled:<name>`, anything else as it is.
 
     Raises:
-        ConfigError: no bundled model of that name, or one that this installation lacks; names the nearest that is there.
+        ConfigError: no bundled model of that name, or not in this installation; names the nearest that is.
     """
     if not weights.startswith(PREFIX):
         return weights
