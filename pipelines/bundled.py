@@ -47,17 +47,18 @@ def find_weights(weights: str, root: Path = _HERE) -> str:
     """What `model.weights` names: the directory of `bundled:<name>`, anything else as it is.
 
     Raises:
-        ConfigError: no bundled model of that name; names the nearest one.
+        ConfigError: no bundled model of that name, or not in this installation; names the nearest that is.
     """
     if not weights.startswith(PREFIX):
         return weights
-    models = bundled_models(root)
-    found = models.get(weights.removeprefix(PREFIX))
-    if found is not None:
-        return str(found)
-    there = {PREFIX + name for name in models}
-    hint = _nearest(weights, there) or "; this installation holds none, give a directory or a hub id"
-    raise ConfigError(f"model.weights={weights!r} is no bundled model{hint}")
+    name, models = weights.removeprefix(PREFIX), bundled_models(root)
+    if name in models:
+        return str(models[name])
+    if name in MODELS:
+        what = f"is not in this installation: {root / MODELS[name]} holds no model_index.json"
+    else:
+        what = f"is no bundled model, known are {', '.join(PREFIX + known for known in MODELS)}"
+    raise ConfigError(f"model.weights={weights!r} {what}{_nearest(weights, {PREFIX + there for there in models})}")
 
 
 def _nearest(name: str, valid: dict[str, Path] | set[str]) -> str:
