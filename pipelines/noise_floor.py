@@ -170,6 +170,7 @@ def floor_configs(
         ValueError: fewer than two runs, or a request or layout that cannot be rendered.
     """
     from pipelines.checkpoint import Checkpoint
+    from pipelines.checks import check_request
     from pipelines.families import load_family
     from pipelines.pipeline import check_attention, check_devices, resolve_device
 
@@ -177,11 +178,11 @@ def floor_configs(
         raise ValueError(f"num_runs={num_runs} must be at least 2 to measure a noise floor, nearest is 2")
     family = load_family(config.model.family)
     facts = family.facts(Checkpoint(config.model.weights, config.model.revision))
-    family.check_request(request, facts)
     configured = layout_of(config)
     order = [configured] * num_runs + [layout for layout in dict.fromkeys(layouts) if layout != configured]
     configs = tuple(with_layout(config, layout, form) for layout in order)
     for run in configs:
+        check_request(family, run, facts, request)
         check_attention(run, facts, resolve_device(run))
         check_devices(run, resolve_device(run), None)
     return configs

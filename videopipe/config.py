@@ -74,8 +74,9 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     each), `mesh_inside` naming the axis of neighbouring ranks; `xfuser` is Ulysses through xfuser's own exchange, for
     comparison, where tokens and heads divide by the ranks.
     `text` says what happens to padded text tokens: `trimmed` drops them, `padded` keeps and masks them, `auto` keeps
-    them on one rank (where the result is then bit-equal to diffusers) and trims them on several, and for
-    Open-Sora-Plan, which diffusers does not have, always.
+    them on one rank (where the result is then bit-equal to diffusers) and with `xfuser`, whose tokens must be known to
+    divide by the ranks before the prompt is, trims them on several, and for Open-Sora-Plan, which diffusers does not
+    have, always.
     `heads_per_chunk`: so many heads of each rank travel while others compute (PipeSP); `all` is the plain path.
     `balance`: `heads` gives whole heads to ranks; `rows` divides those left over by query rows, so that 24 heads load
     5 or 7 ranks equally.
@@ -280,7 +281,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def text_trimmed(self) -> bool:
         """Whether padded text tokens are dropped before the DiT."""
         if self.attention.text == "auto":
-            return self.groups.dit_ranks > 1 or self.model.family == "open-sora-plan"
+            several = self.groups.dit_ranks > 1 and self.attention.strategy != "xfuser"
+            return several or self.model.family == "open-sora-plan"
         return self.attention.text == "trimmed"
 
     def spec(self) -> VideoSpec:
@@ -404,6 +406,11 @@ def _check_attention(config: Config) -> None:
         raise ConfigError(
             f"attention.ulysses_degree={a.ulysses_degree} must divide the {half} ranks of each half of the DiT group "
             f"with attention.cfg_parallel='on', nearest is {near}"
+        )
+    if a.strategy == "xfuser" and a.text == "trimmed" and ranks > 1:
+        raise ConfigError(
+            "attention.text='trimmed' leaves as many tokens as the prompt has, which need not divide by the ranks as "
+            "attention.strategy='xfuser' needs; nearest is 'padded'"
         )
     if a.strategy == "xfuser" and a.cfg_parallel == "on":
         raise ConfigError("attention.cfg_parallel='on' cannot go with attention.strategy='xfuser', nearest is 'off'")
