@@ -9,7 +9,7 @@ import msgspec
 
 from pipelines.calibration_cache import CalibrationCache, Setup
 from pipelines.families import ModelFacts
-from videopipe.arrangement import Arrangement, Calibration, Rules, Shape
+from videopipe.arrangement import Arrangement, Calibration, Guidance, Rules, Shape
 from videopipe.config import Config
 from videopipe.messages import Arrange, Calibrate, ToRank
 from videopipe.partition import Mesh
@@ -114,7 +114,7 @@ class Measuring:
         self._shapes: deque[Shape] = deque()
         self._budget_s = BUDGET_S
         self._answer: Answer | None = None
-        self._arranged: dict[int, tuple[Arrangement, ...]] = {}  # by video tokens
+        self._arranged: dict[tuple[int, Guidance], tuple[Arrangement, ...]] = {}
         self.running = False
 
     def begin(self, shapes: Sequence[Shape], budget_s: float = BUDGET_S, answer: Answer | None = None) -> None:
@@ -143,11 +143,12 @@ class Measuring:
             self._answer.put(error)
             self._answer = None
 
-    def arrange(self, num_video: int, ways: tuple[Arrangement, ...]) -> None:
-        """Tell the ranks how to lay out sequences of so many video tokens, unless they do so already."""
-        if self._arranged.get(num_video) != ways:
-            self._arranged[num_video] = ways
-            self._tell(Arrange(num_video=num_video, arrangements=ways))
+    def arrange(self, shape: Shape, ways: tuple[Arrangement, ...]) -> None:
+        """Tell the ranks how to lay out such sequences, unless they do so already."""
+        key = (shape.num_video, shape.guidance)
+        if self._arranged.get(key) != ways:
+            self._arranged[key] = ways
+            self._tell(Arrange(num_video=shape.num_video, guidance=shape.guidance, arrangements=ways))
 
     def _next(self) -> None:
         self.running = bool(self._shapes)

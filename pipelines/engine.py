@@ -616,8 +616,8 @@ class Engine:
             case plan.Begin():
                 assert record is not None
                 if self._measuring is not None and record.choice is not None:
-                    num_video = shape_of(self.config, self.facts, record.job.request).num_video
-                    self._measuring.arrange(num_video, record.choice.ways)
+                    shape = shape_of(self.config, self.facts, record.job.request)
+                    self._measuring.arrange(shape, record.choice.ways)
                 begin = wire.BeginDenoise(
                     request=record.job.request,
                     source=self.topology.encoder_rank,
@@ -630,7 +630,11 @@ class Engine:
                 for rank in command.ranks:
                     self._server.send(rank, begin, noise)
                 for rank in self._assistants:
-                    prepare = wire.PrepareAssist(request=record.job.request, text_masks=record.text_masks)
+                    prepare = wire.PrepareAssist(
+                        request=record.job.request,
+                        text_masks=record.text_masks,
+                        recorded=record.job.record_to is not None,
+                    )
                     self._server.send(rank, prepare)
                 self._note("stage", command.request, "denoise")
             case plan.Step():
@@ -759,6 +763,7 @@ def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
         "balance": config.attention.balance,
         "co_processing": config.attention.co_processing,
         "cfg_parallel": config.attention.cfg_parallel,
+        "ping_pong": config.attention.ping_pong,
         "text": "trimmed" if config.text_trimmed else "padded",
         "queue_capacity": config.queue.capacity,
     }

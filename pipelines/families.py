@@ -72,7 +72,7 @@ class TextEncoder(Protocol):
 class Assistant(Protocol):
     """A VAE rank's help in denoising steps; see `dit_group.assist.Assistant`."""
 
-    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:
+    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes], recorded: bool) -> None:
         """Steps of this request may want help; masks as `TextEncoder.text_masks` gave them."""
 
     def step(self, request: str, helpers: tuple[int, ...]) -> None:

@@ -89,7 +89,7 @@ def with_layout(config: Config, layout: RankLayout, form: OutputFormat) -> Confi
     """The same configuration on another layout: what needs a VAE group goes where there is none.
 
     A mesh whose `ulysses_degree` does not divide the DiT ranks gets the usual degree; an odd number of them evaluates
-    the branches of guidance together.
+    the branches of guidance together, and a single one without helpers one after the other.
 
     Steps are not recorded.
 
@@ -105,6 +105,8 @@ def with_layout(config: Config, layout: RankLayout, form: OutputFormat) -> Confi
             groups, attention = r(groups, text_encoder="dit"), r(attention, co_processing="off")
         if layout.dit_ranks % 2:
             attention = r(attention, cfg_parallel="off")
+        if layout.dit_ranks == 1 and attention.co_processing == "off":
+            attention = r(attention, ping_pong="off")
         members = layout.dit_ranks // 2 if attention.cfg_parallel == "on" else layout.dit_ranks
         if attention.ulysses_degree and members % attention.ulysses_degree:
             attention = r(attention, ulysses_degree=0)

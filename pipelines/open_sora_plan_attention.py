@@ -25,6 +25,7 @@ from dit_group.ulysses import Ulysses
 from pipelines.models.open_sora_plan import PADDED, OpenSoraPlanTransformer3DModel, rotate, skip_sparse_attention
 from pipelines.models.skip_sparse import DENSE, SkipSparse
 from pipelines.skip_sparse_layout import Held, Move, head_counts, held_patterns, held_tokens, move_between
+from videopipe.arrangement import Arrangement
 from videopipe.exchange import exchange_tokens
 from videopipe.partition import JointSequence
 
@@ -154,14 +155,15 @@ class GroupParallel(SequenceParallel):
         self.now = self.kernels[0].held  # by which pattern the tokens between blocks lie at the moment
         self._device = device
 
-    def lay_out(
-        self, num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
+    def lay_out_as(
+        self, arrangement: Arrangement, num_video: int, num_text: int, text_mask: Tensor | None = None
     ) -> Layout:
         """Deal tokens and heads of each group out to members and helpers; no text takes part in self-attention.
 
         The layout is that of the first block, in which an evaluation begins and ends.
         """
         assert num_text == 0, num_text
+        helpers = arrangement.helpers
         lies = [kernel.held for kernel in self.kernels]
         held = {pattern: held_tokens(pattern, num_video, self.members) for pattern in dict.fromkeys(lies)}
         plans = {kernel: self._plans(kernel, held[kernel.held], helpers) for kernel in dict.fromkeys(self.kernels)}
@@ -173,13 +175,24 @@ class GroupParallel(SequenceParallel):
         for pattern, tokens in held.items():
             order = torch.cat(tokens.tokens).to(self._device)
             sequence = JointSequence(tokens.totals, (0,) * self.members)
-            attention.layouts[pattern] = Layout(sequence, attention, self._group, self._member, self.branch, order)
+            attention.layouts[pattern] = Layout(
+                sequence, attention, self._group, self._member, self.branch, order, arrangement.in_turns
+            )
         return attention.layouts[lies[0]]
 
     def use(self, layout: Layout) -> None:
         """The model is about to be called with this sequence."""
         super().use(layout)
         self.now = self.kernels[0].held
+
+    def leave(self) -> Any:
+        """What is current, for an evaluation that pauses."""
+        return super().leave(), self.now
+
+    def resume(self, state: Any) -> None:
+        """Make that current again."""
+        current, self.now = state
+        super().resume(current)
 
     @property
     def layout(self) -> Layout:
@@ -285,7 +298,10 @@ def parallelize(transformer: OpenSoraPlanTransformer3DModel, parallel: GroupPara
 
 
 class _Followers:
-    """The hooks, and what they hand on to each other within one evaluation of the model."""
+    """The hooks, and what they hand on to each other within one evaluation of the model.
+
+    Two evaluations that take turns are of the same clip, so its angles are those of both.
+    """
 
     def __init__(self, parallel: GroupParallel) -> None:
         self._parallel = parallel

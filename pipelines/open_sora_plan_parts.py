@@ -6,7 +6,7 @@ Source: Open-Sora Plan (arXiv 2412.00131); the exchange of heads is DeepSpeed-Ul
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from dit_group.shards import exchange_branches, gather_latents
 from pipelines.checkpoint import Checkpoint
 from pipelines.decode_memory import wfvae_within
 from pipelines.families import ModelFacts
+from pipelines.models.open_sora_plan import TextContext
 from pipelines.models.open_sora_plan_layout import find_folders
 from pipelines.models.open_sora_plan_loading import (
     empty_transformer,
@@ -49,6 +50,7 @@ from pipelines.open_sora_plan_attention import GroupParallel, layer_kernels, par
 from pipelines.open_sora_plan_decode import wfvae_exact
 from pipelines.parallel import both_halves, decode_team, own_half, sequence_parallel
 from vae_group.team import Part, PartDecoder, Team
+from videopipe.arrangement import Guidance
 from videopipe.config import Config, DecodeConfig
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
@@ -102,6 +104,8 @@ class OpenSoraPlanDenoiser:
             self._parallel = sequence_parallel(config, runtime, facts.num_heads, make)
             parallelize(self.transformer, self._parallel)
             self._half = own_half(config, runtime, facts.num_heads, make)
+        self._pairs = config.attention.ping_pong != "off"
+        self._observed = False
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:
         """[1, C, T', H', W']."""
@@ -127,18 +131,28 @@ class OpenSoraPlanDenoiser:
             parallel = self._half
             assert parallel is not None and parallel.branch is not None
             text = text.select(slice(parallel.branch.index, parallel.branch.index + 1))
+        pair = text.keys[0].shape[0] == 2 and self._pairs and parallel is not None
+        guidance: Guidance = "halves" if halved else "pair" if pair else "none"
         layouts: dict[tuple[int, ...], Layout] = {}
 
         def layout(helpers: tuple[int, ...]) -> Layout:
             assert parallel is not None
             if helpers not in layouts:
-                layouts[helpers] = parallel.lay_out(num_video, 0, None, helpers)
+                layouts[helpers] = parallel.lay_out(num_video, 0, None, helpers, guidance)
             return layouts[helpers]
 
-        def predict_v(latents: Tensor, timestep: Tensor) -> Tensor:
+        def evaluate(latents: Tensor, timestep: Tensor, rows: TextContext) -> Tensor:
             if self._parallel is not None:
                 self._parallel.use(layout(self._helpers))
-            v = predict(self.transformer, scheduler, latents, timestep, text)
+            return predict(self.transformer, scheduler, latents, timestep, rows)
+
+        def predict_v(latents: Tensor, timestep: Tensor) -> Tensor:
+            if pair and layout(self._helpers).in_turns and not self._observed:
+                assert self._parallel is not None
+                each = [partial(evaluate, latents, timestep, text.select(slice(row, row + 1))) for row in range(2)]
+                v = torch.cat(self._parallel.in_turns(each, (), self._device))
+            else:
+                v = evaluate(latents, timestep, text)
             if halved:  # in the model's own precision, which v had
                 v = torch.cat(exchange_branches(v.to(self.transformer.dtype), layout(()), self._geometry)).float()
             return guide(v, request.guidance_scale)
@@ -160,9 +174,15 @@ class OpenSoraPlanDenoiser:
         """From the next step on these VAE ranks take a share of the attention."""
         self._helpers = helpers
 
-    def observe(self, keep: Keep, num_blocks: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def observe(self, keep: Keep, num_blocks: int) -> Iterator[None]:
         """Within the block, steps hand whole tensors to `keep`; on every member of the DiT group."""
-        return observing(self.transformer, self._parallel, self._geometry, keep, num_blocks, branches_as_rows=True)
+        self._observed = True
+        try:
+            with observing(self.transformer, self._parallel, self._geometry, keep, num_blocks, branches_as_rows=True):
+                yield
+        finally:
+            self._observed = False
 
 
 class OpenSoraPlanAssistant:
@@ -181,18 +201,22 @@ class OpenSoraPlanAssistant:
             dtype=DTYPES[config.model.dtype],
             device=runtime.device,
             halves=both_halves(config, runtime, facts.num_heads, make),
+            branches_as_rows=True,
         )
         self._halved = runtime.branches is not None
+        self._pairs = config.attention.ping_pong != "off"
 
-    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:
+    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes], recorded: bool) -> None:
         """Sizes of a request, laid out as the DiT ranks do."""
         no_text = torch.ones((1, 0), dtype=torch.bool)
         rows = len(prompt_rows(request.prompt, request.negative_prompt, request.guidance_scale))
         num_video = self._geometry.token_grid(request.spec).video
-        if self._halved and rows == 2:
-            self._assistant.prepare(request.id, num_video, [no_text, no_text], rows=1, halved=True)
+        if rows == 2 and (self._halved or self._pairs):
+            guidance: Guidance = "halves" if self._halved else "pair"
+            masks, rows = [no_text, no_text], 1
         else:
-            self._assistant.prepare(request.id, num_video, [no_text for _ in text_masks], rows)
+            guidance, masks = "none", [no_text]
+        self._assistant.prepare(request.id, num_video, masks, rows, guidance, recorded)
 
     def step(self, request: str, helpers: tuple[int, ...]) -> None:
         """Take part in one step."""

@@ -21,12 +21,21 @@ TIE = 0.02
 """Less than this faster than the plain way counts as equal to it."""
 
 
+Guidance = Literal["none", "halves", "pair"]
+"""How the two branches of guidance are evaluated, as far as ways to move heads depend on it.
+
+`halves`: by one half of the DiT group each, at the same time. `pair`: by the whole group, and they may take turns.
+`none`: there is one evaluation, or two that follow each other.
+"""
+
+
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """The sizes on which times depend: tokens of one sequence, and rows of the batch (B) of an evaluation."""
 
     num_video: int
     num_text: int
     rows: int = 1
+    guidance: Guidance = "none"
 
     @property
     def num_tokens(self) -> int:
@@ -38,7 +47,8 @@ class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
     """How heads are divided among DiT ranks and `helpers`, and in which chunks they travel.
 
     `heads_per_chunk`, `balance`, `head_counts`, `helpers_first`, `early_chunks`: as for `dit_group.ulysses.Ulysses`;
-    counts are of the DiT ranks in order, then of the helpers.
+    counts are of the DiT ranks in order, then of the helpers. `in_turns`: a pair of evaluations takes turns
+    (`dit_group.ping_pong`).
     """
 
     helpers: tuple[int, ...] = ()
@@ -47,6 +57,7 @@ class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
     head_counts: tuple[int, ...] | None = None
     helpers_first: bool = False
     early_chunks: int | None = None
+    in_turns: bool = False
 
     def num_chunks(self, num_heads: int, members: int) -> int:
         """Into how many chunks whole heads are cut among `members` DiT ranks and the helpers."""
@@ -73,6 +84,8 @@ class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
             parts.append("theirs first")
         if self.early_chunks is not None:
             parts.append(f"v and k of {self.early_chunks} early")
+        if self.in_turns:
+            parts.append("branches in turns")
         return ", ".join(parts)
 
 

@@ -84,6 +84,9 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `cfg_parallel`: requests with guidance are evaluated by two halves of the DiT group, one branch each, with sequence
     parallelism of their own; once in a step two ranks exchange the predictions of their tokens. Other requests are
     rendered by the whole group.
+    `ping_pong`: both branches of guidance run on the whole DiT group, layer by layer in turn, so that one computes
+    while the other's attention travels or is computed by helpers. It takes the activations of both; steps that are
+    recorded do without.
     `auto` for these three is measured on the ranks for each size of clip before its first denoising, and kept in
     `calibration_cache`, a folder (by default `videopipe/calibration` in the user's cache folder); the plain way
     (`all`, `heads`, `off`) stays where nothing else is faster, with `schedule.mode = "deterministic"` and with
@@ -98,6 +101,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     balance: Literal["heads", "rows", "auto"] = "heads"
     co_processing: Literal["on", "off", "auto"] = "off"
     cfg_parallel: Literal["on", "off"] = "off"
+    ping_pong: Literal["on", "off"] = "off"
     calibration_cache: str | None = None
     overlap_mlp: bool = True
     text: Literal["auto", "trimmed", "padded"] = "auto"
@@ -407,6 +411,21 @@ def _check_attention(config: Config) -> None:
             f"attention.ulysses_degree={a.ulysses_degree} must divide the {half} ranks of each half of the DiT group "
             f"with attention.cfg_parallel='on', nearest is {near}"
         )
+    if a.ping_pong != "off":
+        for path, value, wrong, why in (
+            ("attention.cfg_parallel", a.cfg_parallel, "on", "gives each half of the DiT group one branch"),
+            ("attention.strategy", a.strategy, "xfuser", "waits for each of its exchanges"),
+        ):
+            if value == wrong:
+                raise ConfigError(
+                    f"attention.ping_pong={a.ping_pong!r} has nothing to do where {path}={value!r} {why}, "
+                    "nearest is 'off'"
+                )
+        if ranks == 1 and not config.helper_sets:
+            raise ConfigError(
+                f"attention.ping_pong={a.ping_pong!r} has nothing to do with groups.dit_ranks=1 and no helpers: no "
+                "attention travels, nearest is 'off'"
+            )
     if a.strategy == "xfuser" and a.text == "trimmed" and ranks > 1:
         raise ConfigError(
             "attention.text='trimmed' leaves as many tokens as the prompt has, which need not divide by the ranks as "
