@@ -56,7 +56,7 @@ class Assistant:
         self.parallel = parallel
         self._halves = tuple(halves)
         self._kernels = tuple(kernels)
-        self._branches_as_rows = branches_as_rows
+        self.branches_as_rows = branches_as_rows
         self._nothing = torch.empty((1, 0, parallel.num_heads, head_dim), dtype=dtype, device=device)
         self._requests: dict[str, _Assisted] = {}
         self._layouts: dict[tuple[str, tuple[int, ...]], list[Layout]] = {}
@@ -105,13 +105,17 @@ class Assistant:
             for kernel in self._kernels:
                 run_calls_in_turns(first.begin(kernel), second.begin(kernel), nothing)
             return
-        if assisted.guidance == "pair" and self._branches_as_rows:
+        if assisted.guidance == "pair" and self.branches_as_rows:
             layouts, nothing = layouts[:1], self._nothing.expand(2 * assisted.rows, -1, -1, -1)
         order = [(layout, kernel) for layout in layouts for kernel in self._kernels]
         if assisted.guidance == "halves":
             order = [(layout, kernel) for kernel in self._kernels for layout in layouts]
         for layout, kernel in order:
             run_call(layout.attention.begin(kernel), nothing, nothing, nothing)
+
+    def views(self, guidance: Guidance) -> Sequence[SequenceParallel]:
+        """Who lays out the evaluations that this rank helps."""
+        return self._halves if guidance == "halves" else (self.parallel,)
 
     def layer(self, index: int, rows: int) -> Callable[[], object]:
         """Prepare to take part in attention layer `index` alone, in the layout then in use."""

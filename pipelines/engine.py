@@ -211,12 +211,13 @@ class Engine:
             RuntimeError: the engine is closed, or the ranks are at work.
             ValueError: the configuration leaves nothing to choose.
         """
-        if self._measuring is None or not self._measuring.calibrations.rules.is_open:
+        shape = shape_of(self.config, self.facts, request)
+        if self._measuring is None or not self._measuring.calibrations.rules(shape.guidance).is_open:
             raise ValueError("the configuration leaves nothing to measure, nearest is attention.heads_per_chunk='auto'")
         answer: Answer = queue.SimpleQueue()
         if self._failure is not None:
             raise self._failure
-        self.tell("calibrate", (shape_of(self.config, self.facts, request), budget_s, answer))
+        self.tell("calibrate", (shape, budget_s, answer))
         result = answer.get()
         if isinstance(result, BaseException):
             raise result

@@ -305,7 +305,7 @@ class HunyuanVideoDenoiser:
             self._parallel = sequence_parallel(config, runtime, num_heads)
             parallelize(self.transformer, self._parallel, config.attention.overlap_mlp and members > 1)
             self._half = own_half(config, runtime, num_heads)
-        self._pairs = config.attention.ping_pong != "off"
+        self._config = config
         self._observed = False
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:
@@ -324,14 +324,13 @@ class HunyuanVideoDenoiser:
         guidance = torch.tensor([request.guidance_scale], dtype=dtype, device=self._device) * 1000.0
         num_video = self._geometry.token_grid(request.spec).video
         prefixes, parallel, layout = branch_prefixes(request), self._parallel, None
-        halved = len(prefixes) == 2 and self._half is not None
+        way = self._config.guidance(len(prefixes))
+        halved = way == "halves"
         if halved:  # this half of the DiT group evaluates one branch
             parallel = self._half
             assert parallel is not None and parallel.branch is not None
             prefixes = (prefixes[parallel.branch.index],)
-        pair = len(prefixes) == 2 and self._pairs and self._parallel is not None
-        guidance_way: Guidance = "halves" if halved else "pair" if pair else "none"
-        branches = [self._branch(conditioning, prefix, parallel, guidance_way) for prefix in prefixes]
+        branches = [self._branch(conditioning, prefix, parallel, way) for prefix in prefixes]
         if parallel is not None:
             layout = branches[0].layout(parallel, num_video)
         guided = guidance if self.transformer.config.guidance_embeds else None
@@ -401,6 +400,17 @@ class HunyuanVideoDenoiser:
     def parallel(self) -> SequenceParallel | None:
         """This rank's place in the DiT group; None where attention is not divided."""
         return self._parallel
+
+    @property
+    def branches_as_rows(self) -> bool:
+        """Two evaluations follow each other."""
+        return False
+
+    def views(self, guidance: Guidance) -> Sequence[SequenceParallel]:
+        """The DiT group, or this rank's half of it."""
+        view = self._half if guidance == "halves" else self._parallel
+        assert view is not None, "attention is not divided here"
+        return (view,)
 
     @property
     def layer_kinds(self) -> tuple[tuple[int, int], ...]:
@@ -486,8 +496,6 @@ class HunyuanVideoAssistant:
 
     def __init__(self, facts: ModelFacts, config: Config, runtime: Runtime) -> None:
         self._geometry = facts.geometry
-        self._members = len(runtime.dit_ranks)
-        self._trimmed = config.text_trimmed
         self._device = runtime.device
         self._assistant = Assistant(
             sequence_parallel(config, runtime, facts.num_heads),
@@ -497,16 +505,13 @@ class HunyuanVideoAssistant:
             device=runtime.device,
             halves=both_halves(config, runtime, facts.num_heads),
         )
-        self._halved = runtime.branches is not None
-        self._pairs = config.attention.ping_pong != "off"
+        self._config = config
 
     def prepare(self, request: VideoRequest, text_masks: Sequence[bytes], recorded: bool) -> None:
         """Sizes of a request, laid out as the DiT ranks do."""
         masks = [torch.tensor([list(mask)], dtype=torch.bool, device=self._device) for mask in text_masks]
-        halved = self._halved and has_second_branch(request)
-        kept = [kept_text(mask, self._members // 2 if halved else self._members, self._trimmed) for mask in masks]
-        pair = len(kept) == 2 and self._pairs
-        guidance: Guidance = "halves" if halved else "pair" if pair else "none"
+        guidance = self._config.guidance(len(masks))
+        kept = [kept_text(mask, self._config.members(guidance), self._config.text_trimmed) for mask in masks]
         num_video = self._geometry.token_grid(request.spec).video
         self._assistant.prepare(request.id, num_video, kept, guidance=guidance, recorded=recorded)
 
@@ -518,6 +523,15 @@ class HunyuanVideoAssistant:
     def parallel(self) -> SequenceParallel:
         """This rank's place beside the DiT group."""
         return self._assistant.parallel
+
+    @property
+    def branches_as_rows(self) -> bool:
+        """As on DiT ranks."""
+        return self._assistant.branches_as_rows
+
+    def views(self, guidance: Guidance) -> Sequence[SequenceParallel]:
+        """The DiT group, or both halves of it."""
+        return self._assistant.views(guidance)
 
     @property
     def layer_kinds(self) -> tuple[tuple[int, int], ...]:

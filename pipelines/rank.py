@@ -17,9 +17,10 @@ import torch.distributed as dist
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from dit_group.calibrate import Part, calibrate
+from dit_group.calibrate import calibrate
 from dit_group.ping_pong import THREAD as SECOND_EVALUATION
 from dit_group.worker import DitWorker
+from dit_group.workload import Part
 from pipelines.checkpoint import Checkpoint
 from pipelines.families import Assistant, TextEncoder, load_family
 from pipelines.faults import TRANSFERS
@@ -241,8 +242,9 @@ class _Rank:
                 if self._runtime.is_leader:
                     self.report(Calibrated(calibration=calibration))
             case Arrange():
-                assert self._part is not None and self._part.parallel is not None, "attention is not divided here"
-                self._part.parallel.arrange(message.num_video, message.arrangements, message.guidance)
+                assert self._part is not None, "this rank takes no part in denoising steps"
+                for view in self._part.views(message.guidance):
+                    view.arrange(message.num_video, message.arrangements, message.guidance)
             case FinishDenoise():
                 with self._recorder.span("finish", request=message.request):
                     self._dit_worker.finish(message.request)

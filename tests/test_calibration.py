@@ -29,6 +29,7 @@ from tests.ranks import leave, run_ranks
 from videopipe.arrangement import (
     Arrangement,
     Calibration,
+    Guidance,
     Rules,
     Shape,
     Timing,
@@ -55,6 +56,11 @@ class SleepyPart:
     leads: bool
     per_call_s: float = 0.0
     projection_s: float = 0.0
+
+    branches_as_rows = False
+
+    def views(self, guidance: Guidance) -> tuple[SequenceParallel, ...]:
+        return (self.parallel,)
 
     @property
     def layer_kinds(self) -> tuple[tuple[int, int], ...]:
@@ -495,7 +501,8 @@ def test_a_rank_lost_while_measuring_is_told_to_who_waits(
     with HunyuanVideoPipeline.start(auto_config(tiny_checkpoint, tmp_path), launcher=launcher) as pipe:
         measuring = pipe.engine._measuring
         assert measuring is not None
-        measuring.calibrations.rules = msgspec.structs.replace(measuring.calibrations.rules, helper_sets=((9,),))
+        rules = msgspec.structs.replace(measuring.calibrations.rules("none"), helper_sets=((9,),))
+        measuring.calibrations.rules = lambda guidance: rules  # type: ignore[method-assign]
         with pytest.raises(RankError):
             list(pipe.render([request()]))
         with pytest.raises(RankError):

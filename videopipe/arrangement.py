@@ -92,9 +92,10 @@ class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """What may be chosen, and what is given.
 
-    `members` DiT ranks that divide the heads; `heads_per_chunk` and `balance` where they are given, None where they
-    are to be chosen (for the number of heads: `choose_chunks`); `helper_sets` VAE ranks that may be lent together,
-    `choose_helpers` whether lending is to be chosen or given.
+    `members` DiT ranks that divide the heads; `heads_per_chunk`, `balance` and `in_turns` where they are given, None
+    where they are to be chosen (for the number of heads: `choose_chunks`); `helper_sets` VAE ranks that may be lent
+    together, `choose_helpers` whether lending is to be chosen or given. `groups`: of tokens that sparse layers keep
+    apart; a member has heads of few of them, and more of these.
     """
 
     num_heads: int
@@ -104,11 +105,15 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     balance: Balance | None = "heads"
     helper_sets: tuple[tuple[int, ...], ...] = ()
     choose_helpers: bool = False
+    in_turns: bool | None = False
+    groups: int = 1
 
     @property
     def plain(self) -> Arrangement:
         """Without a measurement: what is given, else all heads at once and whole heads."""
-        return Arrangement(heads_per_chunk=self.heads_per_chunk, balance=self.balance or "heads")
+        return Arrangement(
+            heads_per_chunk=self.heads_per_chunk, balance=self.balance or "heads", in_turns=bool(self.in_turns)
+        )
 
     @property
     def is_open(self) -> bool:
@@ -161,17 +166,25 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 def ways_without_helpers(rules: Rules) -> tuple[Arrangement, ...]:
     """The plain way first, then all others worth a measurement, those in one piece before those in chunks.
 
-    Chunk sizes are those that make 2, 3 and 4 chunks, and single heads.
+    Chunk sizes are those that make 2, 3 and 4 chunks, and single heads. Branches in turns hide the exchanges by
+    themselves, so they are tried in one piece where that is to be chosen.
     """
     plain, found = rules.plain, [rules.plain]
     balances: list[Balance] = ["heads", "rows"] if rules.balance is None and _has_leftover(rules) else [plain.balance]
     for balance in balances:
         share = rules.num_heads // rules.members if balance == "rows" else -(-rules.num_heads // rules.members)
+        shares = {share}
+        if rules.members > rules.groups > 1:  # ranks that share a group have more heads of it
+            shares.add(-(-rules.num_heads * rules.groups // rules.members))
         sizes: list[int | None] = [plain.heads_per_chunk]
         if rules.choose_chunks and rules.members > 1:
-            cuts = sorted({-(-share // chunks) for chunks in (2, 3, 4)} | {1}, reverse=True)
-            sizes += [size for size in cuts if size < share]
-        found += [Arrangement(heads_per_chunk=size, balance=balance) for size in sizes]
+            cuts = {
+                size for most in shares for size in ({-(-most // chunks) for chunks in (2, 3, 4)} | {1}) if size < most
+            }
+            sizes += sorted(cuts, reverse=True)
+        found += [msgspec.structs.replace(plain, heads_per_chunk=size, balance=balance) for size in sizes]
+        if rules.in_turns is None:
+            found.append(msgspec.structs.replace(plain, balance=balance, in_turns=True))
     return tuple(sorted(dict.fromkeys(found), key=lambda way: way.heads_per_chunk != plain.heads_per_chunk))
 
 
@@ -187,9 +200,11 @@ def ways_with_helpers(
     chunked = dict.fromkeys((alone.heads_per_chunk, rules.plain.heads_per_chunk))
     if not rules.choose_helpers:  # lent in equal shares whatever is measured; only how heads travel is open
         sizes = (rules.plain.heads_per_chunk, *chunked)
+        turns = (False, True) if rules.in_turns is None else (rules.in_turns,)
         return tuple(
             dict.fromkeys(
-                Arrangement(helpers=helpers, heads_per_chunk=size, balance=balance)
+                Arrangement(helpers=helpers, heads_per_chunk=size, balance=balance, in_turns=in_turns)
+                for in_turns in turns
                 for balance in (rules.plain.balance, alone.balance)
                 for size in sizes
             )
@@ -208,6 +223,8 @@ def ways_with_helpers(
         for size in chunked if counts == best else (alone.heads_per_chunk,):
             ways.append(msgspec.structs.replace(way, heads_per_chunk=size))
             ways.append(msgspec.structs.replace(way, heads_per_chunk=size, helpers_first=True))
+        if rules.in_turns is None and counts in (best, equal):
+            ways.append(msgspec.structs.replace(way, in_turns=not way.in_turns))
     return tuple(dict.fromkeys(ways))
 
 
@@ -243,7 +260,9 @@ def _lend(rules: Rules, alone: Arrangement, helpers: tuple[int, ...], counts: tu
     before = rules.num_heads / rules.members
     if busiest >= (before if alone.balance == "rows" else -(-rules.num_heads // rules.members)):
         return None
-    return Arrangement(helpers=helpers, balance="rows" if rows else "heads", head_counts=(*own, *counts))
+    return Arrangement(
+        helpers=helpers, balance="rows" if rows else "heads", head_counts=(*own, *counts), in_turns=alone.in_turns
+    )
 
 
 def _has_leftover(rules: Rules) -> bool:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from videopipe.arrangement import Guidance
 from videopipe.geometry import VideoSpec
 from videopipe.records import OutputFormat
 from videopipe.scheduler import helper_sets
@@ -87,10 +88,10 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `ping_pong`: both branches of guidance run on the whole DiT group, layer by layer in turn, so that one computes
     while the other's attention travels or is computed by helpers. It takes the activations of both; steps that are
     recorded do without.
-    `auto` for these three is measured on the ranks for each size of clip before its first denoising, and kept in
-    `calibration_cache`, a folder (by default `videopipe/calibration` in the user's cache folder); the plain way
-    (`all`, `heads`, `off`) stays where nothing else is faster, with `schedule.mode = "deterministic"` and with
-    `cfg_parallel`.
+    `auto` for `heads_per_chunk`, `balance`, `co_processing` and `ping_pong` is measured on the ranks for each size of
+    clip before its first denoising, and kept in `calibration_cache`, a folder (by default `videopipe/calibration` in
+    the user's cache folder); the plain way (`all`, `heads`, `off`) stays where nothing else is faster, and with
+    `schedule.mode = "deterministic"`.
     `overlap_mlp`: with several DiT ranks, the MLP of single-stream blocks runs while q, k, v and the output travel.
     """
 
@@ -101,7 +102,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     balance: Literal["heads", "rows", "auto"] = "heads"
     co_processing: Literal["on", "off", "auto"] = "off"
     cfg_parallel: Literal["on", "off"] = "off"
-    ping_pong: Literal["on", "off"] = "off"
+    ping_pong: Literal["on", "off", "auto"] = "off"
     calibration_cache: str | None = None
     overlap_mlp: bool = True
     text: Literal["auto", "trimmed", "padded"] = "auto"
@@ -272,14 +273,28 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def calibrates(self) -> bool:
         """Whether something about the exchange of heads is to be measured."""
         a = self.attention
-        of_heads = self.groups.dit_ranks > 1 and "auto" in (a.heads_per_chunk, a.balance)
-        return self._may_measure and (of_heads or (a.co_processing == "auto" and bool(self.helper_sets)))
+        of_heads = self.groups.dit_ranks > 1 and "auto" in (a.heads_per_chunk, a.balance, a.ping_pong)
+        helped = bool(self.helper_sets) and "auto" in (a.co_processing, a.ping_pong)
+        return self._may_measure and (of_heads or helped)
 
     @property
     def _may_measure(self) -> bool:
-        """Deterministic runs depend on no timing, a ring leaves nothing to choose, and halves are not measured."""
+        """Deterministic runs depend on no timing, and a ring leaves nothing to choose."""
+        return self.schedule.mode == "fast" and self.attention.strategy in ("ulysses", "usp")
+
+    def guidance(self, evaluations: int) -> Guidance:
+        """How a request whose steps have so many evaluations is evaluated."""
         a = self.attention
-        return self.schedule.mode == "fast" and a.strategy in ("ulysses", "usp") and a.cfg_parallel == "off"
+        if evaluations != 2:
+            return "none"
+        if a.cfg_parallel == "on":
+            return "halves"
+        measured = a.ping_pong == "auto" and self._may_measure
+        return "pair" if a.ping_pong == "on" or measured else "none"
+
+    def members(self, guidance: Guidance) -> int:
+        """DiT ranks that share a sequence which is evaluated so."""
+        return self.groups.dit_ranks // 2 if guidance == "halves" else self.groups.dit_ranks
 
     @property
     def text_trimmed(self) -> bool:
@@ -411,7 +426,7 @@ def _check_attention(config: Config) -> None:
             f"attention.ulysses_degree={a.ulysses_degree} must divide the {half} ranks of each half of the DiT group "
             f"with attention.cfg_parallel='on', nearest is {near}"
         )
-    if a.ping_pong != "off":
+    if a.ping_pong == "on":
         for path, value, wrong, why in (
             ("attention.cfg_parallel", a.cfg_parallel, "on", "gives each half of the DiT group one branch"),
             ("attention.strategy", a.strategy, "xfuser", "waits for each of its exchanges"),
