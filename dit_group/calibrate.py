@@ -84,16 +84,18 @@ class _Session:
         self._timings: dict[Arrangement, Timing] = {}
         projection_s = torch.tensor(self._work.projection_s, dtype=torch.float64) @ self._weights
         self._projection_s = self._watch.agree(float(projection_s))
+        self._evaluations = 2 if shape.guidance == "pair" else 1  # in what is timed, one after the other or in turns
+        self._linear_s = 0.0
         self._transfer_s = 0.0  # of one of v, k and q, all heads; 0 where it is not known
 
     def calibrate(self) -> Calibration:
         """Measure and choose."""
         plain = self._rules.plain
         linear = self._work.nothing() if self._is_helper else self._work.linear()
-        linear_s = self._median(self._watch.time([linear], PART_ROUNDS))[0]
+        self._linear_s = self._median(self._watch.time([linear], PART_ROUNDS))[0]
         plain_s = self._seconds([self._layer(plain)], 2)[0][1]  # the first time warms up
         exchange = self._watch.time([self._taking_part(plain, self._work.exchange)], PART_ROUNDS)
-        self._transfer_s = self._median(exchange)[0] / (8 if self._shape.guidance == "pair" else 4)  # v, k, q, output
+        self._transfer_s = self._median(exchange)[0] / (4 * self._evaluations)  # v, k, q and the output
         self._budget_s *= min(MOST_BUDGETS, plain_s / FULL_BUDGET_LAYER_S)
         ways = (plain, *map(self._in_good_order, ways_without_helpers(self._rules)))
         timings = self._compare(ways, plain, self._budget_s / 3)
@@ -101,7 +103,7 @@ class _Session:
         chosen = (alone, *self._choose_helpers(alone)) if self._rules.helper_sets else (alone,)
         return Calibration(
             shape=self._shape,
-            linear_s=linear_s,
+            linear_s=self._linear_s,
             timings=tuple(self._timings.values()),
             chosen=chosen,
             seconds=self._watch.agree(time.perf_counter() - self._begin),
@@ -129,7 +131,9 @@ class _Session:
                 left = self._budget_s - self._watch.agree(time.perf_counter() - self._begin)
                 if rules.choose_helpers and left <= 0:
                     continue  # what was not timed is not lent
-                ways = ways_with_helpers(rules, alone, helpers, member_s, [helper_s[helper] for helper in helpers])
+                speeds_of = [helper_s[helper] for helper in helpers]
+                linear_s = self._linear_s / self._evaluations
+                ways = ways_with_helpers(rules, alone, helpers, member_s, speeds_of, linear_s)
                 timed[key] = self._choose_for(helpers, ways, alone, left / 2)
             best = timed[key]
             if best is not None:
@@ -198,11 +202,15 @@ class _Session:
         return timings
 
     def _seconds_per_head(self) -> list[float]:
-        """Seconds that each member's kernel takes for a head, while all of them compute."""
+        """Seconds that each member's kernel takes for a head of an evaluation, while all of them compute.
+
+        Of both, on a helper of two halves.
+        """
         share = max(self._rules.num_heads // len(self._ranks), 1)
         way = Arrangement(helpers=self._ranks[self._num_dit :])
         seconds = self._watch.time([self._work.heads(share, way)], 3)[:, 1:]  # the first one warms up
-        return [float(s) / share for s in (seconds[:, :, 0] @ self._weights).median(dim=1).values]
+        count = share * self._evaluations
+        return [float(s) / count for s in (seconds[:, :, 0] @ self._weights).median(dim=1).values]
 
     def _seconds(self, runs: Sequence[Sequence[Run | None]], rounds: int) -> list[tuple[float, ...]]:
         """Seconds of a mean layer on the slowest member, by way and round."""

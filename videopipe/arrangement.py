@@ -9,7 +9,7 @@ fixes one head a chunk and equal shares; here both are measured for each shape.
 
 import statistics
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -189,13 +189,19 @@ def ways_without_helpers(rules: Rules) -> tuple[Arrangement, ...]:
 
 
 def ways_with_helpers(
-    rules: Rules, alone: Arrangement, helpers: tuple[int, ...], member_s: float, helper_s: Sequence[float]
+    rules: Rules,
+    alone: Arrangement,
+    helpers: tuple[int, ...],
+    member_s: float,
+    helper_s: Sequence[float],
+    linear_s: float = 0.0,
 ) -> tuple[Arrangement, ...]:
     """Ways to lend these helpers, the most promising ones first; none where no share of the heads could pay.
 
     Args:
         alone: the way chosen without helpers.
         member_s, helper_s: measured seconds of one head on a DiT rank, and on each of `helpers`.
+        linear_s: those of one evaluation's layer without its attention.
     """
     chunked = dict.fromkeys((alone.heads_per_chunk, rules.plain.heads_per_chunk))
     if not rules.choose_helpers:  # lent in equal shares whatever is measured; only how heads travel is open
@@ -209,60 +215,72 @@ def ways_with_helpers(
                 for size in sizes
             )
         )
-    best = share_heads(rules.num_heads, rules.members, member_s, helper_s)
-    if 0 in best:  # the set without that helper is there as well
-        return ()
-    fewer = tuple(max(count - 1, 0) for count in best)
-    half = tuple(count // 2 for count in best)
-    equal = split_evenly(rules.num_heads, rules.members + len(helpers))[rules.members :]
     ways: list[Arrangement] = []
-    for counts in dict.fromkeys((best, equal, fewer, half)):
-        way = _lend(rules, alone, helpers, counts)
-        if way is None:
-            continue
-        for size in chunked if counts == best else (alone.heads_per_chunk,):
-            ways.append(msgspec.structs.replace(way, heads_per_chunk=size))
-            ways.append(msgspec.structs.replace(way, heads_per_chunk=size, helpers_first=True))
-        if rules.in_turns is None and counts in (best, equal):
-            ways.append(msgspec.structs.replace(way, in_turns=not way.in_turns))
+    if rules.in_turns is not True:
+        best = share_heads(rules.num_heads, rules.members, member_s, helper_s)
+        for counts in _shares_to_try(rules, best):
+            for size in chunked if counts == best else (alone.heads_per_chunk,):
+                ways += _lend(rules, alone, helpers, counts, heads_per_chunk=size)
+                ways += _lend(rules, alone, helpers, counts, heads_per_chunk=size, helpers_first=True)
+    if rules.in_turns is not False:  # helpers compute under the linear layers of the other branch as well
+        best = share_heads(rules.num_heads, rules.members, member_s, helper_s, linear_s)
+        for counts in _shares_to_try(rules, best):
+            ways += _lend(rules, alone, helpers, counts, heads_per_chunk=rules.plain.heads_per_chunk, in_turns=True)
     return tuple(dict.fromkeys(ways))
 
 
-def share_heads(num_heads: int, members: int, member_s: float, helper_s: Sequence[float]) -> tuple[int, ...]:
-    """Heads of each helper so that all ranks finish at about the same time, judged by attention alone.
+def _shares_to_try(rules: Rules, best: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Heads of each helper: the best ones by the speeds, equal ones, one less, half; none where one helper has none.
+
+    The set without that helper is there as well.
+    """
+    if 0 in best:
+        return ()
+    fewer, half = tuple(max(count - 1, 0) for count in best), tuple(count // 2 for count in best)
+    equal = split_evenly(rules.num_heads, rules.members + len(best))[rules.members :]
+    return tuple(dict.fromkeys((best, equal, fewer, half)))
+
+
+def share_heads(
+    num_heads: int, members: int, member_s: float, helper_s: Sequence[float], linear_s: float = 0.0
+) -> tuple[int, ...]:
+    """Heads of each helper so that all ranks finish at about the same time.
 
     A helper gets a head more as long as it then finishes before the DiT ranks do, which share the others evenly; a slow
     one may get none.
 
     Args:
         member_s, helper_s: seconds of one head on a DiT rank, and on each helper.
+        linear_s: what else a DiT rank computes meanwhile; 0 to judge by attention alone.
     """
     counts = [0] * len(helper_s)
     while True:
         first = min(range(len(counts)), key=lambda helper: helper_s[helper] * (counts[helper] + 1))
         left = num_heads - sum(counts)
-        if not left or helper_s[first] * (counts[first] + 1) >= member_s * left / members:
+        if not left or helper_s[first] * (counts[first] + 1) >= member_s * left / members + linear_s:
             return tuple(counts)
         counts[first] += 1
 
 
-def _lend(rules: Rules, alone: Arrangement, helpers: tuple[int, ...], counts: tuple[int, ...]) -> Arrangement | None:
-    """So many heads for each helper, the others for the DiT ranks.
+def _lend(
+    rules: Rules, alone: Arrangement, helpers: tuple[int, ...], counts: tuple[int, ...], **more: Any
+) -> list[Arrangement]:
+    """A way with so many heads for each helper, the others for the DiT ranks.
 
     None where that relieves no DiT rank, or where a helper would get nothing.
     """
     if 0 in counts:
-        return None
+        return []
     left = rules.num_heads - sum(counts)
     rows = rules.balance == "rows" or (rules.balance is None and left % rules.members > 0)
     own = (left // rules.members,) * rules.members if rows else split_evenly(left, rules.members)
-    busiest = left / rules.members if rows else max(own)
+    fine = rows or rules.groups > 1  # the heads of all groups are dealt out together
+    busiest = left / rules.members if fine else max(own)
     before = rules.num_heads / rules.members
-    if busiest >= (before if alone.balance == "rows" else -(-rules.num_heads // rules.members)):
-        return None
-    return Arrangement(
-        helpers=helpers, balance="rows" if rows else "heads", head_counts=(*own, *counts), in_turns=alone.in_turns
-    )
+    if busiest >= (before if alone.balance == "rows" or rules.groups > 1 else -(-rules.num_heads // rules.members)):
+        return []
+    balance: Balance = "rows" if rows else "heads"
+    return [Arrangement(helpers=helpers, balance=balance, head_counts=(*own, *counts), **more)]
 
 
 def _has_leftover(rules: Rules) -> bool:
