@@ -1,9 +1,9 @@
 """Attention over a sharded sequence. How q, k, v travel (strategy) and what computes them (kernel) are two choices."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import torch
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from dit_group.call import AttentionCall, run_call
 from dit_group.kernels import KERNELS, Kernel
+from dit_group.ping_pong import CallInTurns, Keeper, Turns
 from dit_group.ring import Ring
 from dit_group.ulysses import Ulysses
 from dit_group.usp import Usp
 from dit_group.xfuser import Xfuser
-from videopipe.arrangement import Arrangement, Balance
+from videopipe.arrangement import Arrangement, Balance, Guidance
 from videopipe.exchange import Buffers
 from videopipe.partition import JointSequence, Mesh
+
+T = TypeVar("T")
 
 
 class Strategy(Protocol):
@@ -49,7 +52,8 @@ class Layout:
 
     `group` joins the members, None for one; `member` is this rank's place among them, None for a helper. `branch` is
     there where the members are one half of the DiT group and evaluate one branch of guidance. `order` has the index in
-    the sequence of each video token in the order of the members, None where each member owns a run of them.
+    the sequence of each video token in the order of the members, None where each member owns a run of them. `in_turns`:
+    two evaluations of such sequences take turns.
     """
 
     sequence: JointSequence
@@ -58,6 +62,7 @@ class Layout:
     member: int | None
     branch: Branch | None = None
     order: Tensor | None = None
+    in_turns: bool = False
 
     @property
     def own(self) -> slice | Tensor:
@@ -76,7 +81,8 @@ class SequenceParallel:
 
     `lay_out` prepares a sequence once (it may look at a mask's values), `use` makes it the current one at no cost: also
     one that another `SequenceParallel` of this rank has laid out over fewer members.
-    `mesh` has the two axes that `usp` needs, `branch` says what a half of the DiT group evaluates.
+    `mesh` has the two axes that `usp` needs, `branch` says what a half of the DiT group evaluates, `ping_pong` whether
+    a pair of evaluations takes turns where nothing else is arranged.
     """
 
     def __init__(
@@ -94,6 +100,7 @@ class SequenceParallel:
         assist_groups: Mapping[tuple[int, ...], dist.ProcessGroup] | None = None,
         mesh: Mesh | None = None,
         branch: Branch | None = None,
+        ping_pong: bool = False,
     ) -> None:
         self._group = group
         self.members = members
@@ -104,34 +111,43 @@ class SequenceParallel:
         self._strategy = STRATEGIES[strategy]
         self._kernel = KERNELS[kernel]
         self._given = Arrangement(heads_per_chunk=heads_per_chunk, balance=balance)
-        self._chosen: dict[int, dict[tuple[int, ...], Arrangement]] = {}
+        self._ping_pong = ping_pong
+        self._turns: Turns[Any] | None = None
+        self._chosen: dict[tuple[int, Guidance], dict[tuple[int, ...], Arrangement]] = {}
         self._more: dict[str, Any] = {"mesh": mesh} if strategy == "usp" else {}
         self.branch = branch
         self._current: Layout | None = None
         self._buffers: weakref.ref[Buffers] | None = None  # lives as long as some layout does
 
-    def arrange(self, num_video: int, arrangements: Iterable[Arrangement]) -> None:
+    def arrange(self, num_video: int, arrangements: Iterable[Arrangement], guidance: Guidance = "none") -> None:
         """Lay out sequences of so many video tokens in these ways from now on, each for its set of helpers.
 
         All members and helpers are told the same at the same point of their commands.
         """
-        self._chosen[num_video] = {arrangement.helpers: arrangement for arrangement in arrangements}
+        self._chosen[num_video, guidance] = {arrangement.helpers: arrangement for arrangement in arrangements}
 
-    def arrangement(self, num_video: int, helpers: tuple[int, ...] = ()) -> Arrangement:
+    def arrangement(self, num_video: int, helpers: tuple[int, ...] = (), guidance: Guidance = "none") -> Arrangement:
         """How a sequence of so many video tokens is laid out over the members and these helpers."""
-        given = msgspec.structs.replace(self._given, helpers=helpers)
-        return self._chosen.get(num_video, {}).get(helpers, given)
+        in_turns = self._ping_pong and guidance == "pair"
+        given = msgspec.structs.replace(self._given, helpers=helpers, in_turns=in_turns)
+        return self._chosen.get((num_video, guidance), {}).get(helpers, given)
 
     def lay_out(
-        self, num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
+        self,
+        num_video: int,
+        num_text: int,
+        text_mask: Tensor | None = None,
+        helpers: tuple[int, ...] = (),
+        guidance: Guidance = "none",
     ) -> Layout:
         """Split a sequence of video and text tokens over the members, and its heads over members and helpers.
 
         Args:
             text_mask: bool [B, num_text], False for padded tokens; None where all are valid.
             helpers: VAE ranks that own no token and take their share of the heads; the key of one of `assist_groups`.
+            guidance: how the evaluation that it is for goes together with that of the other branch.
         """
-        return self.lay_out_as(self.arrangement(num_video, helpers), num_video, num_text, text_mask)
+        return self.lay_out_as(self.arrangement(num_video, helpers, guidance), num_video, num_text, text_mask)
 
     def lay_out_as(
         self, arrangement: Arrangement, num_video: int, num_text: int, text_mask: Tensor | None = None
@@ -158,7 +174,7 @@ class SequenceParallel:
             **({"helpers_first": True} if arrangement.helpers_first else {}),
             **({"early_chunks": arrangement.early_chunks} if arrangement.early_chunks is not None else {}),
         )
-        return Layout(sequence, attention, self._group, self._member, self.branch)
+        return Layout(sequence, attention, self._group, self._member, self.branch, in_turns=arrangement.in_turns)
 
     def _shared_buffers(self) -> Buffers:
         """Memory for the exchanges of all layouts, which take turns."""
@@ -200,7 +216,31 @@ class SequenceParallel:
         Args:
             kernel: computes this layer's attention in place of the configured kernel, where layers differ.
         """
-        return self.layout.attention.begin(kernel)
+        call = self.layout.attention.begin(kernel)
+        return call if self._turns is None else CallInTurns(call, self._turns)
+
+    def in_turns(
+        self, evaluations: Sequence[Callable[[], T]], keepers: Sequence[Keeper], device: torch.device
+    ) -> list[T]:
+        """Two evaluations whose attention goes through here, each with a layout that it takes into use, in turns.
+
+        Args:
+            keepers: what else the model holds for the evaluation that runs.
+        """
+        first, second = evaluations
+        self._turns = Turns((self, *keepers), device)
+        try:
+            return list(self._turns.run(first, second))
+        finally:
+            self._turns = None
+
+    def leave(self) -> Any:
+        """What is current, for an evaluation that pauses."""
+        return self._current
+
+    def resume(self, state: Any) -> None:
+        """Make that current again."""
+        self._current = state
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
         """Joint attention: this member's [video | text] tokens of all heads in and out, [B, S_local, N, D]."""

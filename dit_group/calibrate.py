@@ -11,18 +11,14 @@ time between two projections and that of the exchange follows how many chunks' v
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Protocol, runtime_checkable
 
 import msgspec
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from dit_group.attention import Layout, SequenceParallel
-from dit_group.call import run_call
-from dit_group.kernels import Kernel
-from dit_group.ulysses import Ulysses, early_chunks
+from dit_group.stopwatch import Run, Stopwatch
+from dit_group.ulysses import early_chunks
+from dit_group.workload import Part, Workload
 from videopipe.arrangement import (
     Arrangement,
     Calibration,
@@ -33,7 +29,7 @@ from videopipe.arrangement import (
     ways_with_helpers,
     ways_without_helpers,
 )
-from videopipe.runtime import Runtime, synchronize
+from videopipe.runtime import Runtime
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 9
 PART_ROUNDS = 1
@@ -45,24 +41,6 @@ MOST_BUDGETS = 4
 
 ALIKE = 0.1
 """Helpers whose speeds differ by less stand for one another: of sets of the same size only the first is timed."""
-
-Run = Callable[[], object]
-
-
-@runtime_checkable
-class Part(Protocol):
-    """What a rank's denoiser, or its assistant, offers to be timed and arranged, in families that can be."""
-
-    @property
-    def parallel(self) -> SequenceParallel | None:
-        """This rank's place in the DiT group or beside it; None where attention is not divided at all."""
-
-    @property
-    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
-        """An attention layer of each kind, and how many are like it; empty on helpers, which follow the leader."""
-
-    def layer(self, index: int, shape: Shape) -> Run:
-        """Prepare to run attention layer `index`, with what surrounds it on this rank, in the layout then in use."""
 
 
 @torch.no_grad()
@@ -79,224 +57,14 @@ def calibrate(part: Part, runtime: Runtime, shape: Shape, rules: Rules, budget_s
     return _Session(part, runtime, shape, rules, budget_s).calibrate()
 
 
-class Stopwatch:
-    """Times runs of all members in turn: every member knows every member's seconds afterwards.
-
-    Args:
-        group: all members; None for one alone.
-        members: how many they are.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None, members: int, device: torch.device) -> None:
-        self._group = group
-        self._members = members
-        self._device = device
-
-    def time(self, runs: Sequence[Sequence[Run | None]], rounds: int) -> Tensor:
-        """Run everything `rounds` times, in turn and in alternating order, all members together.
-
-        Args:
-            runs: by way and kind of layer; None where this member takes no part.
-        Returns:
-            Seconds, float64 [members, rounds, ways, kinds]; 0 where a member took no part.
-        """
-        seconds = torch.zeros((rounds, len(runs), len(runs[0])), dtype=torch.float64)
-        for turn in range(rounds):
-            order = list(enumerate(runs))
-            for way, kinds in reversed(order) if turn % 2 else order:
-                for kind, run in enumerate(kinds):
-                    self._meet()
-                    if run is None:
-                        continue
-                    synchronize(self._device)
-                    begin = time.perf_counter()
-                    run()
-                    synchronize(self._device)
-                    seconds[turn, way, kind] = time.perf_counter() - begin
-        return self._share(seconds)
-
-    def agree(self, seconds: float) -> float:
-        """The largest of all members' numbers."""
-        return float(self._share(torch.tensor([seconds], dtype=torch.float64)).max())
-
-    def follow(self, table: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The pairs of whole numbers that the first member has."""
-        size = int(self._share(torch.tensor([len(table)]))[0])
-        mine = torch.tensor(list(table) or [(0, 0)] * size)
-        return [(int(a), int(b)) for a, b in self._share(mine)[0]]
-
-    def _meet(self) -> None:
-        if self._group is not None:
-            dist.all_reduce(torch.zeros(1), group=self._group)  # on the host, also beside NCCL
-
-    def _share(self, x: Tensor) -> Tensor:
-        """[members, ...] of what each member has."""
-        if self._group is None:
-            return x.unsqueeze(0)
-        parts = [torch.empty_like(x) for _ in range(self._members)]
-        dist.all_gather(parts, x, group=self._group)
-        return torch.stack(parts)
-
-
-class _Still:
-    """A strategy by which nothing travels and nothing is computed; it notes what the layer asked for, and when.
-
-    `projection_s`: for each call the seconds until k or q is projected, norm and RoPE included.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.kernel: Kernel | None = None
-        self.query: Tensor | None = None
-        self.device = device
-        self.projection_s: list[float] = []
-
-    def begin(self, kernel: Kernel | None = None) -> "_StillCall":
-        """The call of one layer."""
-        self.kernel = kernel
-        return _StillCall(self)
-
-
-class _StillCall:
-    """Gives back the query."""
-
-    def __init__(self, still: _Still) -> None:
-        self._still = still
-        self._begin = 0.0
-
-    def value(self, v: Tensor) -> None:
-        """Stays here."""
-        synchronize(self._still.device)
-        self._begin = time.perf_counter()
-
-    def key(self, k: Tensor) -> None:
-        """Stays here."""
-
-    def query(self, q: Tensor) -> None:
-        """Stays here."""
-        synchronize(self._still.device)
-        self._still.projection_s.append((time.perf_counter() - self._begin) / 2)
-        self._still.query = q
-
-    def attend(self) -> None:
-        """Compute nothing."""
-
-    def output(self) -> Tensor:
-        """[B, S_local, N, D]."""
-        assert self._still.query is not None, "query comes first"
-        return self._still.query
-
-
-class _Workload:
-    """What one member runs for a way: the whole layer, or one part of it, for each kind of layer.
-
-    `projection_s`: for each kind, seconds of a projection of k or q; 0 on a helper, which projects nothing.
-    """
-
-    def __init__(
-        self,
-        part: Part,
-        parallel: SequenceParallel,
-        shape: Shape,
-        kinds: Sequence[tuple[int, int]],
-        with_me: Arrangement,
-        device: torch.device,
-    ) -> None:
-        self._parallel = parallel
-        self._shape = shape
-        self._device = device
-        self._layout = self._lay_out(with_me)
-        self._layers: list[Run] = []
-        self._kernels: list[Kernel | None] = []  # None is the configured one
-        self.projection_s: list[float] = []
-        for index, _ in kinds:
-            still = _Still(device)
-            parallel.use(replace(self._layout, attention=still))
-            self._layers.append(part.layer(index, shape))
-            for _ in range(2):  # the first one warms up
-                self._layers[-1]()
-            self.projection_s.append(min(still.projection_s, default=0.0))
-            self._kernels.append(still.kernel)
-            assert still.query is not None, "the layer has no attention"
-            self._query = still.query
-
-    def nothing(self) -> list[Run | None]:
-        """This member takes no part."""
-        return [None] * len(self._layers)
-
-    def layer(self, way: Arrangement) -> list[Run | None]:
-        """The whole layer."""
-        return self._in(self._lay_out(way))
-
-    def linear(self) -> list[Run | None]:
-        """The layer without attention and exchange."""
-        return self._in(replace(self._layout, attention=_Still(self._device)))
-
-    def attention(self, way: Arrangement) -> list[Run | None]:
-        """The kernel alone, on this member's heads, chunk by chunk."""
-        plan = self._lay_out(way).attention
-        if not isinstance(plan, Ulysses):  # a ring takes its parts from the whole layer only
-            return self.nothing()
-        heads = [exchange.partition.head_counts[plan.member] for _, exchange in plan.chunks]
-        shared = plan.shared_heads.stop - plan.shared_heads.start
-        return [self._heads(k or plan.kernel, heads, shared, plan.token_counts[plan.member]) for k in self._kernels]
-
-    def heads(self, count: int, kernel_of: Arrangement) -> list[Run | None]:
-        """The kernel alone, on so many heads."""
-        plan = self._lay_out(kernel_of).attention
-        if not isinstance(plan, Ulysses):
-            return self.nothing()
-        return [self._heads(kernel or plan.kernel, [count], 0, 0) for kernel in self._kernels]
-
-    def exchange(self, way: Arrangement) -> list[Run | None]:
-        """The transfers alone; once, they are the same for all kinds."""
-        attention = self._lay_out(way).attention
-        if not isinstance(attention, Ulysses):
-            return self.nothing()
-        x = self._query.contiguous()
-        return [lambda: run_call(attention.begin(_identity), x, x, x), *self.nothing()[1:]]
-
-    def _heads(self, kernel: Kernel, heads: Sequence[int], shared: int, rows: int) -> Run:
-        B, _, _, D = self._query.shape
-        q = self._query.new_ones((B, sum(self._layout.sequence.counts), max((*heads, shared, 1)), D)).normal_()
-
-        def run() -> None:
-            for count in heads:
-                if count:
-                    part = q[:, :, :count].contiguous()
-                    kernel(part, part, part, None)
-            if shared and rows:
-                part = q[:, :, :shared].contiguous()
-                kernel(part[:, :rows], part, part, None)
-
-        return run
-
-    def _lay_out(self, way: Arrangement) -> Layout:
-        return self._parallel.lay_out_as(way, self._shape.num_video, self._shape.num_text)
-
-    def _in(self, layout: Layout) -> list[Run | None]:
-        def using(layer: Run) -> Run:
-            def run() -> object:
-                self._parallel.use(layout)
-                return layer()
-
-            return run
-
-        return [using(layer) for layer in self._layers]
-
-
 def _rounds(budget_s: float, round_s: float) -> int:
     return min(max(int(budget_s / round_s), MIN_ROUNDS), MAX_ROUNDS)
-
-
-def _identity(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
-    return q
 
 
 class _Session:
     """One calibration on one member."""
 
     def __init__(self, part: Part, runtime: Runtime, shape: Shape, rules: Rules, budget_s: float) -> None:
-        assert part.parallel is not None, "attention is not divided here"
         self._shape = shape
         self._rules = rules
         self._begin = time.perf_counter()
@@ -312,20 +80,22 @@ class _Session:
         total = sum(count for _, count in kinds)
         self._weights = torch.tensor([count / total for _, count in kinds], dtype=torch.float64)
         with_me = Arrangement(helpers=helpers if self._is_helper else ())
-        self._work = _Workload(part, part.parallel, shape, kinds, with_me, runtime.device)
+        self._work = Workload(part, shape, kinds, with_me, runtime.device)
         self._timings: dict[Arrangement, Timing] = {}
         projection_s = torch.tensor(self._work.projection_s, dtype=torch.float64) @ self._weights
         self._projection_s = self._watch.agree(float(projection_s))
+        self._evaluations = 2 if shape.guidance == "pair" else 1  # in what is timed, one after the other or in turns
+        self._linear_s = 0.0
         self._transfer_s = 0.0  # of one of v, k and q, all heads; 0 where it is not known
 
     def calibrate(self) -> Calibration:
         """Measure and choose."""
         plain = self._rules.plain
         linear = self._work.nothing() if self._is_helper else self._work.linear()
-        linear_s = self._median(self._watch.time([linear], PART_ROUNDS))[0]
+        self._linear_s = self._median(self._watch.time([linear], PART_ROUNDS))[0]
         plain_s = self._seconds([self._layer(plain)], 2)[0][1]  # the first time warms up
         exchange = self._watch.time([self._taking_part(plain, self._work.exchange)], PART_ROUNDS)
-        self._transfer_s = float(exchange[..., 0].amax()) / 4  # v, k, q and the output
+        self._transfer_s = self._median(exchange)[0] / (4 * self._evaluations)  # v, k, q and the output
         self._budget_s *= min(MOST_BUDGETS, plain_s / FULL_BUDGET_LAYER_S)
         ways = (plain, *map(self._in_good_order, ways_without_helpers(self._rules)))
         timings = self._compare(ways, plain, self._budget_s / 3)
@@ -333,7 +103,7 @@ class _Session:
         chosen = (alone, *self._choose_helpers(alone)) if self._rules.helper_sets else (alone,)
         return Calibration(
             shape=self._shape,
-            linear_s=linear_s,
+            linear_s=self._linear_s,
             timings=tuple(self._timings.values()),
             chosen=chosen,
             seconds=self._watch.agree(time.perf_counter() - self._begin),
@@ -342,8 +112,8 @@ class _Session:
     def _in_good_order(self, way: Arrangement) -> Arrangement:
         """As many chunks of v and k leave at once as the link carries under the projections, where that is known."""
         num_chunks = way.num_chunks(self._rules.num_heads, self._rules.members)
-        if num_chunks < 2 or not self._transfer_s:
-            return way
+        if num_chunks < 2 or not self._transfer_s or self._rules.groups > 1:
+            return way  # with groups of tokens there are other chunks in each layer
         early = early_chunks(num_chunks, self._projection_s, self._transfer_s)
         return msgspec.structs.replace(way, early_chunks=early)
 
@@ -361,7 +131,9 @@ class _Session:
                 left = self._budget_s - self._watch.agree(time.perf_counter() - self._begin)
                 if rules.choose_helpers and left <= 0:
                     continue  # what was not timed is not lent
-                ways = ways_with_helpers(rules, alone, helpers, member_s, [helper_s[helper] for helper in helpers])
+                speeds_of = [helper_s[helper] for helper in helpers]
+                linear_s = self._linear_s / self._evaluations
+                ways = ways_with_helpers(rules, alone, helpers, member_s, speeds_of, linear_s)
                 timed[key] = self._choose_for(helpers, ways, alone, left / 2)
             best = timed[key]
             if best is not None:
@@ -412,7 +184,7 @@ class _Session:
         parts = zip(
             self._median(members),
             self._median(helpers) if len(helpers) else [0.0] * len(kept),
-            exchange[..., 0].amax(dim=0).median(dim=0).values.tolist(),
+            self._median(exchange),
             strict=True,
         )
         timings = {}
@@ -430,11 +202,15 @@ class _Session:
         return timings
 
     def _seconds_per_head(self) -> list[float]:
-        """Seconds that each member's kernel takes for a head, while all of them compute."""
+        """Seconds that each member's kernel takes for a head of an evaluation, while all of them compute.
+
+        Of both, on a helper of two halves.
+        """
         share = max(self._rules.num_heads // len(self._ranks), 1)
         way = Arrangement(helpers=self._ranks[self._num_dit :])
         seconds = self._watch.time([self._work.heads(share, way)], 3)[:, 1:]  # the first one warms up
-        return [float(s) / share for s in (seconds[:, :, 0] @ self._weights).median(dim=1).values]
+        count = share * self._evaluations
+        return [float(s) / count for s in (seconds[:, :, 0] @ self._weights).median(dim=1).values]
 
     def _seconds(self, runs: Sequence[Sequence[Run | None]], rounds: int) -> list[tuple[float, ...]]:
         """Seconds of a mean layer on the slowest member, by way and round."""

@@ -1,8 +1,11 @@
 """One layer's attention as steps: what every strategy gives, and how to take them one after the other."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+from dit_group.kernels import Kernel
 
 
 class AttentionCall(Protocol):
@@ -31,3 +34,35 @@ def run_call(call: AttentionCall, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     call.query(q)
     call.attend()
     return call.output()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One call of a kernel: so many heads, keys and query rows."""
+
+    kernel: Kernel
+    heads: int
+    keys: int
+    rows: int
+
+
+@runtime_checkable
+class TakenApart(Protocol):
+    """A strategy whose transfers and kernels can be run by themselves, to be timed (`dit_group.workload`).
+
+    `kernel` is that of the layer, None for the strategy's own.
+    """
+
+    def own_work(self, kernel: Kernel | None) -> list[Work]:
+        """The calls by which this member computes its share of a layer."""
+
+    def work_of(self, heads: int, kernel: Kernel | None) -> list[Work]:
+        """Those by which one member would compute so many heads of a layer over all tokens."""
+
+    def transfers(self, kernel: Kernel | None) -> AttentionCall:
+        """A call in which everything travels and nothing is computed."""
+
+
+def give_back_query(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+    """A kernel that computes nothing."""
+    return q

@@ -82,6 +82,14 @@ class PrecomputedModulation:
         self._table = table
         self._step = step
 
+    def leave(self) -> tuple[ModulationTable | None, int]:
+        """What is current, for an evaluation that pauses (`dit_group.ping_pong`)."""
+        return self._table, self._step
+
+    def resume(self, state: tuple[ModulationTable | None, int]) -> None:
+        """Make that current again."""
+        self._table, self._step = state
+
     def current(self, index: int) -> Tensor:
         """The result of layer `index` for the step in use."""
         assert self._table is not None, "no table in use"

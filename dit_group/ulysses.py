@@ -7,7 +7,7 @@ cut into chunks in global order before the exchange, so the results concatenate 
 
 from torch import Tensor
 
-from dit_group.call import run_call
+from dit_group.call import Work, give_back_query, run_call
 from dit_group.kernels import Kernel
 from videopipe.arrangement import Balance
 from videopipe.exchange import Buffers, Exchange, Group, PendingExchange, start_gather_tokens
@@ -132,6 +132,23 @@ class Ulysses:
         A kernel that needs the rows of all queries, as sparse ones do, cannot go with `balance="rows"`.
         """
         return UlyssesCall(self, self.kernel if kernel is None else kernel)
+
+    def own_work(self, kernel: Kernel | None) -> list[Work]:
+        """The calls by which this member computes its share of a layer: its heads chunk by chunk, then its rows."""
+        tokens, own = sum(self.token_counts), self.token_counts[self.member]
+        parts = [(exchange.partition.head_counts[self.member], tokens) for _, exchange in self.chunks]
+        parts += [(self.shared_heads.stop - self.shared_heads.start, own)] if self.has_shared_heads else []
+        kernel = kernel or self.kernel
+        return [Work(kernel=kernel, heads=heads, keys=tokens, rows=rows) for heads, rows in parts if heads and rows]
+
+    def work_of(self, heads: int, kernel: Kernel | None) -> list[Work]:
+        """One call: so many heads over all tokens."""
+        tokens = sum(self.token_counts)
+        return [Work(kernel=kernel or self.kernel, heads=heads, keys=tokens, rows=tokens)]
+
+    def transfers(self, kernel: Kernel | None) -> "UlyssesCall":
+        """A call in which everything travels and nothing is computed."""
+        return UlyssesCall(self, give_back_query)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Local tokens of all heads in, the same out: [B, S_local, N, D]."""

@@ -40,6 +40,25 @@ def check_xfuser(num_heads: int, members: int) -> None:
         )
 
 
+def check_xfuser_tokens(num_video: int, num_text: int, members: int, field: str) -> None:
+    """Refuse a sequence whose tokens members cannot share equally.
+
+    Args:
+        num_text: text tokens, padded ones included; every member has at least one.
+        field: the name of the setting that says how many these are.
+    Raises:
+        ValueError: names the field, the value and the nearest valid value.
+    """
+    text = max(num_text, members)
+    over = (num_video + text) % members
+    if over:
+        near = text - over if text - over >= members else text - over + members
+        raise ValueError(
+            f"{field}={num_text}: so many text and {num_video} video tokens do not divide by "
+            f"groups.dit_ranks={members}, as attention.strategy='xfuser' needs; nearest is {near}"
+        )
+
+
 class Xfuser:
     """Attention over one laid-out sequence.
 

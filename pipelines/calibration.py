@@ -8,8 +8,8 @@ from typing import Any, Literal
 import msgspec
 
 from pipelines.calibration_cache import CalibrationCache, Setup
-from pipelines.families import ModelFacts
-from videopipe.arrangement import Arrangement, Calibration, Rules, Shape
+from pipelines.families import ModelFacts, load_family
+from videopipe.arrangement import Arrangement, Calibration, Guidance, Rules, Shape
 from videopipe.config import Config
 from videopipe.messages import Arrange, Calibrate, ToRank
 from videopipe.partition import Mesh
@@ -55,12 +55,15 @@ class Calibrations:
     """
 
     def __init__(self, config: Config, facts: ModelFacts, setup: Setup) -> None:
-        self.rules = rules_of(config, facts)
         self._config = config
         self._facts = facts
         self._setup = setup
         self._cache = CalibrationCache.of(config)
         self._known: dict[Shape, tuple[Calibration, Literal["measured", "cache"]]] = {}
+
+    def rules(self, guidance: Guidance) -> Rules:
+        """What is open where branches of guidance are evaluated so."""
+        return rules_of(self._config, self._facts, guidance)
 
     def take(self, calibration: Calibration) -> None:
         """The ranks have measured."""
@@ -77,24 +80,25 @@ class Calibrations:
 
     def to_measure(self, requests: Iterable[VideoRequest]) -> list[Shape]:
         """Shapes of these requests that nothing is known about, in their order, so many as are worth the time."""
-        if not self.rules.is_open:
-            return []
         shapes = dict.fromkeys(shape_of(self._config, self._facts, request) for request in requests)
-        return [shape for shape in shapes if self.get(shape) is None][:MAX_SHAPES]
+        is_open = {shape: self.rules(shape.guidance).is_open for shape in shapes}
+        return [shape for shape in shapes if is_open[shape] and self.get(shape) is None][:MAX_SHAPES]
 
     def choose(self, request: VideoRequest) -> Choice:
         """The ways of a request."""
         shape = shape_of(self._config, self._facts, request)
-        if not self.rules.is_open:
-            return Choice(ways=self.rules.without_choice(), source="not measured")
+        rules = self.rules(shape.guidance)
+        if not rules.is_open:
+            return Choice(ways=rules.without_choice(), source="not measured")
         if self.get(shape) is not None:
             calibration, source = self._known[shape]
             return Choice(ways=calibration.chosen, source=source, shape=shape)
         for other in self._cache.all(self._setup):
             self._known.setdefault(other.shape, (other, "cache"))
-        if not self._known:
-            return Choice(ways=self.rules.without_choice(), source="not measured")
-        near = min(self._known, key=lambda known: abs(known.num_tokens - shape.num_tokens))
+        alike = [known for known in self._known if known.guidance == shape.guidance]
+        if not alike:
+            return Choice(ways=rules.without_choice(), source="not measured")
+        near = min(alike, key=lambda known: abs(known.num_tokens - shape.num_tokens))
         return Choice(ways=self._known[near][0].chosen, source="nearest", shape=near)
 
 
@@ -114,7 +118,7 @@ class Measuring:
         self._shapes: deque[Shape] = deque()
         self._budget_s = BUDGET_S
         self._answer: Answer | None = None
-        self._arranged: dict[int, tuple[Arrangement, ...]] = {}  # by video tokens
+        self._arranged: dict[tuple[int, Guidance], tuple[Arrangement, ...]] = {}
         self.running = False
 
     def begin(self, shapes: Sequence[Shape], budget_s: float = BUDGET_S, answer: Answer | None = None) -> None:
@@ -143,22 +147,24 @@ class Measuring:
             self._answer.put(error)
             self._answer = None
 
-    def arrange(self, num_video: int, ways: tuple[Arrangement, ...]) -> None:
-        """Tell the ranks how to lay out sequences of so many video tokens, unless they do so already."""
-        if self._arranged.get(num_video) != ways:
-            self._arranged[num_video] = ways
-            self._tell(Arrange(num_video=num_video, arrangements=ways))
+    def arrange(self, shape: Shape, ways: tuple[Arrangement, ...]) -> None:
+        """Tell the ranks how to lay out such sequences, unless they do so already."""
+        key = (shape.num_video, shape.guidance)
+        if self._arranged.get(key) != ways:
+            self._arranged[key] = ways
+            self._tell(Arrange(num_video=shape.num_video, guidance=shape.guidance, arrangements=ways))
 
     def _next(self) -> None:
         self.running = bool(self._shapes)
         if self.running:
-            rules = self.calibrations.rules
-            self._tell(Calibrate(shape=self._shapes.popleft(), rules=rules, budget_s=self._budget_s))
+            shape = self._shapes.popleft()
+            rules = self.calibrations.rules(shape.guidance)
+            self._tell(Calibrate(shape=shape, rules=rules, budget_s=self._budget_s))
 
 
-def rules_of(config: Config, facts: ModelFacts) -> Rules:
-    """What the configuration leaves open."""
-    a, members = config.attention, config.groups.dit_ranks
+def rules_of(config: Config, facts: ModelFacts, guidance: Guidance = "none") -> Rules:
+    """What the configuration leaves open for evaluations that are guided so, of what the model's attention can do."""
+    a, members = config.attention, config.members(guidance)
     if a.strategy == "usp":
         members = Mesh.choose(members, facts.num_heads, a.ulysses_degree, a.mesh_inside).ulysses_degree
     return Rules(
@@ -166,14 +172,19 @@ def rules_of(config: Config, facts: ModelFacts) -> Rules:
         members=members,
         heads_per_chunk=a.fixed_heads_per_chunk,
         choose_chunks=a.heads_per_chunk == "auto",
-        balance=None if a.balance == "auto" else a.fixed_balance,
+        balance=None if a.balance == "auto" and facts.divides_rows else a.fixed_balance,
         helper_sets=config.helper_sets,
         choose_helpers=a.co_processing == "auto",
+        in_turns=False if guidance != "pair" else True if a.ping_pong == "on" else None,
+        groups=facts.sparse_n,
     )
 
 
 def shape_of(config: Config, facts: ModelFacts, request: VideoRequest) -> Shape:
     """The shape that is measured for a request: its size, and the longest prompt it may have."""
+    evaluations = load_family(facts.family).evaluations(request)
+    guidance = config.guidance(evaluations)
     text = min(request.max_sequence_length, facts.text_tokens)
-    grid = facts.geometry.token_grid(request.spec, max(text, config.groups.dit_ranks) if facts.joint_text else 0)
-    return Shape(num_video=grid.video, num_text=grid.text)
+    grid = facts.geometry.token_grid(request.spec, max(text, config.members(guidance)) if facts.joint_text else 0)
+    rows = evaluations if facts.branches_as_rows and guidance == "none" else 1
+    return Shape(num_video=grid.video, num_text=grid.text, rows=rows, guidance=guidance)

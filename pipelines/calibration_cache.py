@@ -14,7 +14,7 @@ from videopipe.arrangement import Calibration, Shape
 from videopipe.config import Config
 from videopipe.files import write_bytes
 
-VERSION = 1
+VERSION = 2
 
 
 class Setup(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +80,8 @@ class CalibrationCache:
 
     def path(self, setup: Setup, shape: Shape) -> Path:
         """Where a calibration is stored."""
-        return self.folder / f"{_digest(setup)}-{shape.num_video}v-{shape.num_text}t-{shape.rows}b.json"
+        name = f"{_digest(setup)}-{shape.num_video}v-{shape.num_text}t-{shape.rows}b"
+        return self.folder / (name + ("" if shape.guidance == "none" else f"-{shape.guidance}") + ".json")
 
     def _read(self, path: Path, setup: Setup) -> Calibration | None:
         try:
@@ -118,6 +119,7 @@ def setup_of(config: Config, facts: ModelFacts, devices: Iterable[str], hosts: i
             "heads_per_chunk": a.heads_per_chunk,
             "balance": a.balance,
             "co_processing": a.co_processing,
+            "ping_pong": a.ping_pong,
             "overlap_mlp": a.overlap_mlp,
         },
         dit_ranks=config.groups.dit_ranks,

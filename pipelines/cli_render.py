@@ -198,6 +198,7 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
         check_writable(trace.parent)
 
     from pipelines.checkpoint import open_checkpoint
+    from pipelines.checks import check_request
     from pipelines.families import load_family
     from pipelines.pipeline import check_attention, check_devices, resolve_device
     from videopipe.rendering import check_output
@@ -207,7 +208,7 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
     facts = family.facts(open_checkpoint(config.model))
     for request in requests:
         where = f"{request.id}: " if len(requests) > 1 else ""
-        family.check_request(request, facts, where)
+        check_request(family, config, facts, request, where)
         check_output(config.output, request.spec, where)
         latent_bytes = 4 * math.prod(facts.geometry.latent_shape(request.spec))
         if latent_bytes > config.queue.capacity_bytes:

@@ -211,12 +211,13 @@ class Engine:
             RuntimeError: the engine is closed, or the ranks are at work.
             ValueError: the configuration leaves nothing to choose.
         """
-        if self._measuring is None or not self._measuring.calibrations.rules.is_open:
+        shape = shape_of(self.config, self.facts, request)
+        if self._measuring is None or not self._measuring.calibrations.rules(shape.guidance).is_open:
             raise ValueError("the configuration leaves nothing to measure, nearest is attention.heads_per_chunk='auto'")
         answer: Answer = queue.SimpleQueue()
         if self._failure is not None:
             raise self._failure
-        self.tell("calibrate", (shape_of(self.config, self.facts, request), budget_s, answer))
+        self.tell("calibrate", (shape, budget_s, answer))
         result = answer.get()
         if isinstance(result, BaseException):
             raise result
@@ -616,8 +617,8 @@ class Engine:
             case plan.Begin():
                 assert record is not None
                 if self._measuring is not None and record.choice is not None:
-                    num_video = shape_of(self.config, self.facts, record.job.request).num_video
-                    self._measuring.arrange(num_video, record.choice.ways)
+                    shape = shape_of(self.config, self.facts, record.job.request)
+                    self._measuring.arrange(shape, record.choice.ways)
                 begin = wire.BeginDenoise(
                     request=record.job.request,
                     source=self.topology.encoder_rank,
@@ -630,7 +631,11 @@ class Engine:
                 for rank in command.ranks:
                     self._server.send(rank, begin, noise)
                 for rank in self._assistants:
-                    prepare = wire.PrepareAssist(request=record.job.request, text_masks=record.text_masks)
+                    prepare = wire.PrepareAssist(
+                        request=record.job.request,
+                        text_masks=record.text_masks,
+                        recorded=record.job.record_to is not None,
+                    )
                     self._server.send(rank, prepare)
                 self._note("stage", command.request, "denoise")
             case plan.Step():
@@ -759,6 +764,7 @@ def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
         "balance": config.attention.balance,
         "co_processing": config.attention.co_processing,
         "cfg_parallel": config.attention.cfg_parallel,
+        "ping_pong": config.attention.ping_pong,
         "text": "trimmed" if config.text_trimmed else "padded",
         "queue_capacity": config.queue.capacity,
     }

@@ -9,6 +9,7 @@ import torch
 from pipelines import explain_calibration
 from pipelines.calibration import Choice
 from pipelines.checkpoint import CheckpointUnreachableError, open_checkpoint
+from pipelines.checks import check_request
 from pipelines.engine import describe_plan, make_topology
 from pipelines.families import Family, ModelFacts, load_family
 from videopipe.arrangement import Calibration
@@ -184,7 +185,7 @@ def explain_config(config: Config, calibrate: bool = False) -> Explanation:
         max_sequence_length=config.request.max_sequence_length,
     )
     family.check_config(config)
-    family.check_request(request, facts, "request.")
+    check_request(family, config, facts, request, "request.")
     as_published = published or config.model.weights == family.published.location
     checkpoint = None if as_published else open_checkpoint(config.model)
     weights, weights_from = family.weight_bytes(config, checkpoint)

@@ -23,7 +23,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     `attention_layers` self-attention layers that exchange q, k, v and the output; `text_tokens` the longest prompt,
     in tokens; `joint_text` whether text tokens are part of the self-attention's sequence, and so of what ranks share,
     or each rank has the whole text; `sparse_n` groups of tokens that sparse layers keep apart; `text_dim` and
-    `pooled_dim` the widths of the conditioning, 0 where there is none.
+    `pooled_dim` the widths of the conditioning, 0 where there is none; `divides_rows` whether leftover heads may be
+    computed by query rows; `branches_as_rows` whether both branches of guidance are rows of one evaluation.
     """
 
     family: str
@@ -36,6 +37,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     sparse_n: int = 1
     text_dim: int = 0
     pooled_dim: int = 0
+    divides_rows: bool = True
+    branches_as_rows: bool = False
 
 
 class FamilyLayout(msgspec.Struct, frozen=True, kw_only=True):
@@ -72,7 +75,7 @@ class TextEncoder(Protocol):
 class Assistant(Protocol):
     """A VAE rank's help in denoising steps; see `dit_group.assist.Assistant`."""
 
-    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:
+    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes], recorded: bool) -> None:
         """Steps of this request may want help; masks as `TextEncoder.text_masks` gave them."""
 
     def step(self, request: str, helpers: tuple[int, ...]) -> None:

@@ -5,8 +5,9 @@ same, divided between the ranks that own each part.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ from pipelines.parallel import both_halves, decode_team, own_half, sequence_para
 from vae_group.decode import to_frames
 from vae_group.memory import bytes_at_hand, bytes_needed
 from vae_group.team import Part, PartDecoder, Team
-from videopipe.arrangement import Shape
+from videopipe.arrangement import Guidance, Shape
 from videopipe.config import Config, DecodeConfig
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
@@ -304,6 +305,8 @@ class HunyuanVideoDenoiser:
             self._parallel = sequence_parallel(config, runtime, num_heads)
             parallelize(self.transformer, self._parallel, config.attention.overlap_mlp and members > 1)
             self._half = own_half(config, runtime, num_heads)
+        self._config = config
+        self._observed = False
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:
         """[1, 16, T', H', W']."""
@@ -321,12 +324,13 @@ class HunyuanVideoDenoiser:
         guidance = torch.tensor([request.guidance_scale], dtype=dtype, device=self._device) * 1000.0
         num_video = self._geometry.token_grid(request.spec).video
         prefixes, parallel, layout = branch_prefixes(request), self._parallel, None
-        halved = len(prefixes) == 2 and self._half is not None
+        way = self._config.guidance(len(prefixes))
+        halved = way == "halves"
         if halved:  # this half of the DiT group evaluates one branch
             parallel = self._half
             assert parallel is not None and parallel.branch is not None
             prefixes = (prefixes[parallel.branch.index],)
-        branches = [self._branch(conditioning, prefix, parallel) for prefix in prefixes]
+        branches = [self._branch(conditioning, prefix, parallel, way) for prefix in prefixes]
         if parallel is not None:
             layout = branches[0].layout(parallel, num_video)
         guided = guidance if self.transformer.config.guidance_embeds else None
@@ -341,24 +345,31 @@ class HunyuanVideoDenoiser:
                 )
 
         def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-            predictions = []
             step = next(steps)
-            for branch in branches:
+
+            def evaluate(branch: _Branch) -> Tensor:
                 if self._modulation is not None and branch.modulation is not None:
                     self._modulation.use(branch.modulation, step)
                 if self._parallel is not None and parallel is not None:
                     self._parallel.use(branch.layout(parallel, num_video, self._helpers))
-                predictions.append(
-                    self.transformer(
-                        hidden_states=latents.to(dtype),
-                        timestep=timestep.expand(latents.shape[0]).to(latents.dtype),
-                        encoder_hidden_states=branch.embeds,
-                        encoder_attention_mask=branch.mask,
-                        pooled_projections=branch.pooled,
-                        guidance=guided,
-                        return_dict=False,
-                    )[0]
-                )
+                prediction: Tensor = self.transformer(
+                    hidden_states=latents.to(dtype),
+                    timestep=timestep.expand(latents.shape[0]).to(latents.dtype),
+                    encoder_hidden_states=branch.embeds,
+                    encoder_attention_mask=branch.mask,
+                    pooled_projections=branch.pooled,
+                    guidance=guided,
+                    return_dict=False,
+                )[0]
+                return prediction
+
+            evaluations = [partial(evaluate, branch) for branch in branches]
+            if self._takes_turns(branches, num_video):
+                assert self._parallel is not None
+                keepers = () if self._modulation is None else (self._modulation,)
+                predictions = self._parallel.in_turns(evaluations, keepers, self._device)
+            else:
+                predictions = [run() for run in evaluations]
             if halved:
                 assert layout is not None
                 predictions = list(exchange_branches(predictions[0], layout, self._geometry))
@@ -375,6 +386,12 @@ class HunyuanVideoDenoiser:
 
         return Denoising(predict, advance, noise, scheduler.timesteps, gather)
 
+    def _takes_turns(self, branches: Sequence["_Branch"], num_video: int) -> bool:
+        """Whether a step's evaluations do; those that are recorded follow each other, and give the same."""
+        if len(branches) != 2 or self._parallel is None or self._observed:
+            return False
+        return branches[0].layout(self._parallel, num_video, self._helpers).in_turns
+
     def take_help(self, helpers: tuple[int, ...]) -> None:
         """From the next step on these VAE ranks take a share of the attention."""
         self._helpers = helpers
@@ -383,6 +400,17 @@ class HunyuanVideoDenoiser:
     def parallel(self) -> SequenceParallel | None:
         """This rank's place in the DiT group; None where attention is not divided."""
         return self._parallel
+
+    @property
+    def branches_as_rows(self) -> bool:
+        """Two evaluations follow each other."""
+        return False
+
+    def views(self, guidance: Guidance) -> Sequence[SequenceParallel]:
+        """The DiT group, or this rank's half of it."""
+        view = self._half if guidance == "halves" else self._parallel
+        assert view is not None, "attention is not divided here"
+        return (view,)
 
     @property
     def layer_kinds(self) -> tuple[tuple[int, int], ...]:
@@ -410,18 +438,26 @@ class HunyuanVideoDenoiser:
 
         return run
 
-    def observe(self, keep: Keep, num_blocks: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def observe(self, keep: Keep, num_blocks: int) -> Iterator[None]:
         """Within the block, steps hand whole tensors to `keep`; on every member of the DiT group."""
-        return observing(self.transformer, self._parallel, self._geometry, keep, num_blocks)
+        self._observed = True
+        try:
+            with observing(self.transformer, self._parallel, self._geometry, keep, num_blocks):
+                yield
+        finally:
+            self._observed = False
 
-    def _branch(self, conditioning: Mapping[str, Tensor], prefix: str, parallel: SequenceParallel | None) -> "_Branch":
+    def _branch(
+        self, conditioning: Mapping[str, Tensor], prefix: str, parallel: SequenceParallel | None, guidance: Guidance
+    ) -> "_Branch":
         dtype = self.transformer.dtype
         embeds = conditioning[prefix + "prompt_embeds"].to(dtype)
         mask = conditioning[prefix + "prompt_attention_mask"]
         if parallel is not None:
             mask = kept_text(mask, parallel.members, self._trimmed)
             embeds = F.pad(embeds, (0, 0, 0, max(mask.shape[1] - embeds.shape[1], 0)))[:, : mask.shape[1]]
-        return _Branch(embeds, mask.to(dtype), conditioning[prefix + "pooled_prompt_embeds"].to(dtype))
+        return _Branch(embeds, mask.to(dtype), conditioning[prefix + "pooled_prompt_embeds"].to(dtype), guidance)
 
 
 @dataclass
@@ -431,13 +467,15 @@ class _Branch:
     embeds: Tensor
     mask: Tensor
     pooled: Tensor
+    guidance: Guidance
     layouts: dict[tuple[int, ...], Layout] = field(default_factory=dict)
     modulation: ModulationTable | None = None
 
     def layout(self, parallel: SequenceParallel, num_video: int, helpers: tuple[int, ...] = ()) -> Layout:
         """Laid out once for each set of helpers."""
         if helpers not in self.layouts:
-            self.layouts[helpers] = parallel.lay_out(num_video, self.mask.shape[1], self.mask.bool(), helpers)
+            mask = self.mask.bool()
+            self.layouts[helpers] = parallel.lay_out(num_video, mask.shape[1], mask, helpers, self.guidance)
         return self.layouts[helpers]
 
 
@@ -458,8 +496,6 @@ class HunyuanVideoAssistant:
 
     def __init__(self, facts: ModelFacts, config: Config, runtime: Runtime) -> None:
         self._geometry = facts.geometry
-        self._members = len(runtime.dit_ranks)
-        self._trimmed = config.text_trimmed
         self._device = runtime.device
         self._assistant = Assistant(
             sequence_parallel(config, runtime, facts.num_heads),
@@ -469,14 +505,15 @@ class HunyuanVideoAssistant:
             device=runtime.device,
             halves=both_halves(config, runtime, facts.num_heads),
         )
-        self._halved = runtime.branches is not None
+        self._config = config
 
-    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:
+    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes], recorded: bool) -> None:
         """Sizes of a request, laid out as the DiT ranks do."""
         masks = [torch.tensor([list(mask)], dtype=torch.bool, device=self._device) for mask in text_masks]
-        halved = self._halved and has_second_branch(request)
-        kept = [kept_text(mask, self._members // 2 if halved else self._members, self._trimmed) for mask in masks]
-        self._assistant.prepare(request.id, self._geometry.token_grid(request.spec).video, kept, halved=halved)
+        guidance = self._config.guidance(len(masks))
+        kept = [kept_text(mask, self._config.members(guidance), self._config.text_trimmed) for mask in masks]
+        num_video = self._geometry.token_grid(request.spec).video
+        self._assistant.prepare(request.id, num_video, kept, guidance=guidance, recorded=recorded)
 
     def step(self, request: str, helpers: tuple[int, ...]) -> None:
         """Take part in one step."""
@@ -486,6 +523,15 @@ class HunyuanVideoAssistant:
     def parallel(self) -> SequenceParallel:
         """This rank's place beside the DiT group."""
         return self._assistant.parallel
+
+    @property
+    def branches_as_rows(self) -> bool:
+        """As on DiT ranks."""
+        return self._assistant.branches_as_rows
+
+    def views(self, guidance: Guidance) -> Sequence[SequenceParallel]:
+        """The DiT group, or both halves of it."""
+        return self._assistant.views(guidance)
 
     @property
     def layer_kinds(self) -> tuple[tuple[int, int], ...]:

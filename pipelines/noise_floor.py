@@ -89,7 +89,7 @@ def with_layout(config: Config, layout: RankLayout, form: OutputFormat) -> Confi
     """The same configuration on another layout: what needs a VAE group goes where there is none.
 
     A mesh whose `ulysses_degree` does not divide the DiT ranks gets the usual degree; an odd number of them evaluates
-    the branches of guidance together.
+    the branches of guidance together, and a single one without helpers one after the other.
 
     Steps are not recorded.
 
@@ -105,6 +105,8 @@ def with_layout(config: Config, layout: RankLayout, form: OutputFormat) -> Confi
             groups, attention = r(groups, text_encoder="dit"), r(attention, co_processing="off")
         if layout.dit_ranks % 2:
             attention = r(attention, cfg_parallel="off")
+        if layout.dit_ranks == 1 and attention.co_processing == "off":
+            attention = r(attention, ping_pong="off")
         members = layout.dit_ranks // 2 if attention.cfg_parallel == "on" else layout.dit_ranks
         if attention.ulysses_degree and members % attention.ulysses_degree:
             attention = r(attention, ulysses_degree=0)
@@ -170,6 +172,7 @@ def floor_configs(
         ValueError: fewer than two runs, or a request or layout that cannot be rendered.
     """
     from pipelines.checkpoint import open_checkpoint
+    from pipelines.checks import check_request
     from pipelines.families import load_family
     from pipelines.pipeline import check_attention, check_devices, resolve_device
 
@@ -177,11 +180,11 @@ def floor_configs(
         raise ValueError(f"num_runs={num_runs} must be at least 2 to measure a noise floor, nearest is 2")
     family = load_family(config.model.family)
     facts = family.facts(open_checkpoint(config.model))
-    family.check_request(request, facts)
     configured = layout_of(config)
     order = [configured] * num_runs + [layout for layout in dict.fromkeys(layouts) if layout != configured]
     configs = tuple(with_layout(config, layout, form) for layout in order)
     for run in configs:
+        check_request(family, run, facts, request)
         check_attention(run, facts, resolve_device(run))
         check_devices(run, resolve_device(run), None)
     return configs

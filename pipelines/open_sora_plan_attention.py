@@ -9,6 +9,7 @@ Source: Skiparse attention, Open-Sora Plan (arXiv 2412.00131); within a shared g
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +20,13 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from dit_group.attention import Layout, SequenceParallel
-from dit_group.call import AttentionCall
+from dit_group.call import AttentionCall, Work
 from dit_group.kernels import Kernel
 from dit_group.ulysses import Ulysses
 from pipelines.models.open_sora_plan import PADDED, OpenSoraPlanTransformer3DModel, rotate, skip_sparse_attention
 from pipelines.models.skip_sparse import DENSE, SkipSparse
 from pipelines.skip_sparse_layout import Held, Move, head_counts, held_patterns, held_tokens, move_between
+from videopipe.arrangement import Arrangement
 from videopipe.exchange import exchange_tokens
 from videopipe.partition import JointSequence
 
@@ -119,24 +121,49 @@ class GroupedAttention:
     Args:
         plans: for each kind of layer and each group, the rows of this member and how its heads are exchanged; groups
             that this member has no part in are left out.
-        moves: how this rank gets from where tokens lie by one pattern to where they lie by another; none for a helper.
     """
 
-    def __init__(
-        self,
-        plans: Mapping[LayerKernel, Sequence[tuple[slice, Ulysses]]],
-        moves: Mapping[tuple[SkipSparse, SkipSparse], Move],
-    ) -> None:
+    def __init__(self, plans: Mapping[LayerKernel, Sequence[tuple[slice, Ulysses]]]) -> None:
         self._plans = plans
-        self.moves = moves
-        self.layouts: dict[SkipSparse, Layout] = {}  # of this sequence, by the pattern that its tokens lie by
 
     def begin(self, kernel: Kernel | None = None) -> AttentionCall:
         """The attention of a layer of this `LayerKernel`."""
+        plans = self._plans_of(kernel)
+        return self._call(plans, [ulysses.begin() for _, ulysses in plans])
+
+    def own_work(self, kernel: Kernel | None) -> list[Work]:
+        """The calls by which this member computes its share of a layer of this `LayerKernel`."""
+        return [work for _, ulysses in self._plans_of(kernel) for work in ulysses.own_work(None)]
+
+    def work_of(self, heads: int, kernel: Kernel | None) -> list[Work]:
+        """Those by which one member would compute so many heads of all groups of the layer."""
         assert isinstance(kernel, LayerKernel), kernel
-        plans = self._plans[kernel]
-        calls = [ulysses.begin() for _, ulysses in plans]
+        plans = self._plans_of(kernel)
+        return plans[0][1].work_of(heads, None) * kernel.pattern.groups if plans else []
+
+    def transfers(self, kernel: Kernel | None) -> AttentionCall:
+        """A layer of this `LayerKernel` in which everything travels and nothing is computed."""
+        plans = self._plans_of(kernel)
+        return self._call(plans, [ulysses.transfers(None) for _, ulysses in plans])
+
+    def _plans_of(self, kernel: Kernel | None) -> Sequence[tuple[slice, Ulysses]]:
+        assert isinstance(kernel, LayerKernel), kernel
+        return self._plans[kernel]
+
+    def _call(self, plans: Sequence[tuple[slice, Ulysses]], calls: Sequence[AttentionCall]) -> GroupsCall:
         return GroupsCall([rows for rows, _ in plans], calls, [ulysses.group is None for _, ulysses in plans])
+
+
+@dataclass(frozen=True)
+class GroupLayout(Layout):
+    """How one sequence lies in its first block, and what changes in others.
+
+    `by_pattern`: the layouts by the pattern that tokens lie by. `moves`: how this rank gets from where they lie by one
+    pattern to where they lie by another; none for a helper.
+    """
+
+    by_pattern: Mapping[SkipSparse, Layout] = field(default_factory=dict)
+    moves: Mapping[tuple[SkipSparse, SkipSparse], Move] = field(default_factory=dict)
 
 
 class GroupParallel(SequenceParallel):
@@ -154,57 +181,80 @@ class GroupParallel(SequenceParallel):
         self.now = self.kernels[0].held  # by which pattern the tokens between blocks lie at the moment
         self._device = device
 
-    def lay_out(
-        self, num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
+    def lay_out_as(
+        self, arrangement: Arrangement, num_video: int, num_text: int, text_mask: Tensor | None = None
     ) -> Layout:
         """Deal tokens and heads of each group out to members and helpers; no text takes part in self-attention.
 
         The layout is that of the first block, in which an evaluation begins and ends.
         """
         assert num_text == 0, num_text
+        assert arrangement.balance == "heads", "a sparse layer's kernel needs the rows of whole groups"
         lies = [kernel.held for kernel in self.kernels]
         held = {pattern: held_tokens(pattern, num_video, self.members) for pattern in dict.fromkeys(lies)}
-        plans = {kernel: self._plans(kernel, held[kernel.held], helpers) for kernel in dict.fromkeys(self.kernels)}
+        plans = {kernel: self._plans(kernel, held[kernel.held], arrangement) for kernel in dict.fromkeys(self.kernels)}
         moves = {}
         if self._member is not None:
             for before, after in dict.fromkeys([*pairwise(lies), (lies[-1], lies[0])]):
                 moves[before, after] = move_between(held[before], held[after], self._member).to(self._device)
-        attention = GroupedAttention(plans, moves)
-        for pattern, tokens in held.items():
-            order = torch.cat(tokens.tokens).to(self._device)
-            sequence = JointSequence(tokens.totals, (0,) * self.members)
-            attention.layouts[pattern] = Layout(sequence, attention, self._group, self._member, self.branch, order)
-        return attention.layouts[lies[0]]
+        attention = GroupedAttention(plans)
+
+        def lying_by(pattern: SkipSparse, **more: Any) -> GroupLayout:
+            return GroupLayout(
+                sequence=JointSequence(held[pattern].totals, (0,) * self.members),
+                attention=attention,
+                group=self._group,
+                member=self._member,
+                branch=self.branch,
+                order=torch.cat(held[pattern].tokens).to(self._device),
+                in_turns=arrangement.in_turns,
+                **more,
+            )
+
+        return lying_by(lies[0], by_pattern={pattern: lying_by(pattern) for pattern in held}, moves=moves)
 
     def use(self, layout: Layout) -> None:
         """The model is about to be called with this sequence."""
         super().use(layout)
         self.now = self.kernels[0].held
 
+    def leave(self) -> Any:
+        """What is current, for an evaluation that pauses."""
+        return super().leave(), self.now
+
+    def resume(self, state: Any) -> None:
+        """Make that current again."""
+        current, self.now = state
+        super().resume(current)
+
     @property
     def layout(self) -> Layout:
         """The current sequence, as its tokens lie at the moment."""
-        attention = super().layout.attention
-        assert isinstance(attention, GroupedAttention)
-        return attention.layouts[self.now]
+        layout = self._whole
+        return replace(layout.by_pattern[self.now], attention=layout.attention)
+
+    @property
+    def _whole(self) -> GroupLayout:
+        layout = super().layout
+        assert isinstance(layout, GroupLayout), layout
+        return layout
 
     def move(self, x: Tensor, held: SkipSparse) -> Tensor:
         """The tokens [B, S_local, C] that this rank shall hold where they lie by `held`, from now on."""
         if held == self.now:
             return x
-        attention = self.layout.attention
-        assert isinstance(attention, GroupedAttention)
-        move = attention.moves[self.now, held]
+        move = self._whole.moves[self.now, held]
         self.now = held
         received = exchange_tokens(x[:, move.send_order], move.send_counts, move.receive_counts, self.group)
         return received[:, move.receive_order]
 
-    def _plans(self, kernel: LayerKernel, held: Held, helpers: tuple[int, ...]) -> list[tuple[slice, Ulysses]]:
+    def _plans(self, kernel: LayerKernel, held: Held, way: Arrangement) -> list[tuple[slice, Ulysses]]:
+        helpers = way.helpers
         member = self._member if self._member is not None else self.members + helpers.index(self._rank)
         order = torch.cat(held.tokens)
         groups = kernel.pattern.group_of(order)
         tokens = (held.totals,) if kernel.pattern.kind == "dense" else held.counts
-        heads = head_counts(kernel.pattern, self.num_heads, self.members, len(helpers))
+        heads = head_counts(kernel.pattern, self.num_heads, self.members, helper_shares(way, self.members))
         plans, start = [], 0
         for group, (token_counts, counts) in enumerate(zip(tokens, heads, strict=True)):
             token_counts = (*token_counts, *(0 for _ in helpers))
@@ -214,14 +264,15 @@ class GroupParallel(SequenceParallel):
             # whoever has all tokens and all heads of a group needs nobody, nor does anybody need him
             everything = (sum(token_counts), self.num_heads)
             if everything == (token_counts[member], counts[member]):
-                plans.append((rows, self._ulysses(computed, None, 0, token_counts[member : member + 1], None)))
+                plans.append((rows, self._ulysses(way, computed, None, 0, token_counts[member : member + 1], None)))
             elif everything not in zip(token_counts, counts, strict=True):
                 exchange = self._assist_groups[helpers] if helpers else self._group
-                plans.append((rows, self._ulysses(computed, exchange, member, token_counts, counts)))
+                plans.append((rows, self._ulysses(way, computed, exchange, member, token_counts, counts)))
         return plans
 
     def _ulysses(
         self,
+        way: Arrangement,
         kernel: Kernel,
         group: dist.ProcessGroup | None,
         member: int,
@@ -235,10 +286,20 @@ class GroupParallel(SequenceParallel):
             num_heads=self.num_heads,
             kernel=kernel,
             key_mask=None,
-            heads_per_chunk=self._given.heads_per_chunk,
+            heads_per_chunk=way.heads_per_chunk,
             head_counts=heads,
+            helpers_first=way.helpers_first,
+            early_chunks=way.early_chunks,
             buffers=self._shared_buffers(),
         )
+
+
+def helper_shares(way: Arrangement, members: int) -> tuple[Fraction, ...]:
+    """The share of each helper in every group, where that of a DiT rank is 1."""
+    if way.head_counts is None:
+        return (Fraction(1),) * len(way.helpers)
+    own = max(sum(way.head_counts[:members]), 1)
+    return tuple(Fraction(count * members, own) for count in way.head_counts[members:])
 
 
 class GroupedSelfAttention:
@@ -285,7 +346,10 @@ def parallelize(transformer: OpenSoraPlanTransformer3DModel, parallel: GroupPara
 
 
 class _Followers:
-    """The hooks, and what they hand on to each other within one evaluation of the model."""
+    """The hooks, and what they hand on to each other within one evaluation of the model.
+
+    Two evaluations that take turns are of the same clip, so its angles are those of both.
+    """
 
     def __init__(self, parallel: GroupParallel) -> None:
         self._parallel = parallel

@@ -94,6 +94,8 @@ class OpenSoraPlan:
             joint_text=False,
             sparse_n=4,
             text_dim=4096,
+            divides_rows=False,
+            branches_as_rows=True,
         ),
         parameters={"text_encoder": 5_655_173_120, "transformer": 2_771_981_600, "vae": 147_347_660},
     )
@@ -147,6 +149,8 @@ class OpenSoraPlan:
             joint_text=False,
             sparse_n=dit.get("sparse_n", 4) if dit.get("sparse1d", True) else 1,
             text_dim=dit.get("caption_channels", 4096),
+            divides_rows=False,
+            branches_as_rows=True,
         )
 
     def check_request(self, request: VideoRequest, facts: ModelFacts, where: str = "") -> None:
@@ -163,23 +167,17 @@ class OpenSoraPlan:
     def check_config(self, config: Config) -> None:
         """Refuse options that this model does not have.
 
-        Another kernel, leftover heads by rows, measured choices, overlapping tiles, stored modulation.
+        Another kernel, leftover heads by rows, overlapping tiles, stored modulation.
         """
         for path, value, valid in (
-            ("model.attention_kernel", config.model.attention_kernel, "sdpa"),
-            ("attention.strategy", config.attention.strategy, "ulysses"),  # sparse layers need whole sequences
-            ("attention.balance", config.attention.balance, "heads"),
+            ("model.attention_kernel", config.model.attention_kernel, ("sdpa",)),
+            ("attention.strategy", config.attention.strategy, ("ulysses",)),  # sparse layers need whole sequences
+            ("attention.balance", config.attention.balance, ("heads", "auto")),
         ):
-            if value != valid:
+            if value not in valid:
                 raise ConfigError(
                     f"{path}={value!r} does not go with the skip-sparse attention of "
-                    f"model.family='open-sora-plan', nearest is {valid!r}"
-                )
-        for name, plain in (("heads_per_chunk", "all"), ("co_processing", "off")):
-            if getattr(config.attention, name) == "auto":
-                raise ConfigError(
-                    f"attention.{name}='auto' is not measured for model.family='open-sora-plan', whose groups of "
-                    f"tokens are dealt out by bytes; nearest is {plain!r}"
+                    f"model.family='open-sora-plan', nearest is {valid[0]!r}"
                 )
         tiles = [name for name in BLENDED_TILES if getattr(config.decode, name)]
         tiles += ["tile_preset"] if config.decode.tile_preset == "official" else []

@@ -5,8 +5,9 @@ The steps are those of `pipelines.open_sora_plan`, divided between the ranks tha
 Source: Open-Sora Plan (arXiv 2412.00131); the exchange of heads is DeepSpeed-Ulysses (arXiv 2309.14509).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from dit_group.assist import Assistant
-from dit_group.attention import Layout
+from dit_group.attention import Layout, SequenceParallel
 from dit_group.denoise import Denoising
 from dit_group.record import Keep, observing
 from dit_group.shards import exchange_branches, gather_latents
 from pipelines.checkpoint import Checkpoint
 from pipelines.decode_memory import wfvae_within
 from pipelines.families import ModelFacts
+from pipelines.models.open_sora_plan import TextContext
 from pipelines.models.open_sora_plan_layout import find_folders
 from pipelines.models.open_sora_plan_loading import (
     empty_transformer,
@@ -49,6 +51,7 @@ from pipelines.open_sora_plan_attention import GroupParallel, layer_kernels, par
 from pipelines.open_sora_plan_decode import wfvae_exact
 from pipelines.parallel import both_halves, decode_team, own_half, sequence_parallel
 from vae_group.team import Part, PartDecoder, Team
+from videopipe.arrangement import Guidance, Shape
 from videopipe.config import Config, DecodeConfig
 from videopipe.records import VideoRequest
 from videopipe.runtime import DTYPES, Runtime
@@ -102,6 +105,9 @@ class OpenSoraPlanDenoiser:
             self._parallel = sequence_parallel(config, runtime, facts.num_heads, make)
             parallelize(self.transformer, self._parallel)
             self._half = own_half(config, runtime, facts.num_heads, make)
+        self._config = config
+        self._text_tokens = facts.text_tokens
+        self._observed = False
 
     def latent_shape(self, request: VideoRequest) -> tuple[int, ...]:
         """[1, C, T', H', W']."""
@@ -122,7 +128,8 @@ class OpenSoraPlanDenoiser:
         text = text_context(self.transformer, embeds)
         num_video = self._geometry.token_grid(request.spec).video
         parallel = self._parallel
-        halved = self._half is not None and text.keys[0].shape[0] == 2
+        guidance = self._config.guidance(text.keys[0].shape[0])
+        halved = guidance == "halves"
         if halved:  # this half of the DiT group evaluates one row
             parallel = self._half
             assert parallel is not None and parallel.branch is not None
@@ -132,13 +139,20 @@ class OpenSoraPlanDenoiser:
         def layout(helpers: tuple[int, ...]) -> Layout:
             assert parallel is not None
             if helpers not in layouts:
-                layouts[helpers] = parallel.lay_out(num_video, 0, None, helpers)
+                layouts[helpers] = parallel.lay_out(num_video, 0, None, helpers, guidance)
             return layouts[helpers]
 
-        def predict_v(latents: Tensor, timestep: Tensor) -> Tensor:
+        def evaluate(latents: Tensor, timestep: Tensor, rows: TextContext) -> Tensor:
             if self._parallel is not None:
                 self._parallel.use(layout(self._helpers))
-            v = predict(self.transformer, scheduler, latents, timestep, text)
+            return predict(self.transformer, scheduler, latents, timestep, rows)
+
+        def predict_v(latents: Tensor, timestep: Tensor) -> Tensor:
+            if self._parallel is not None and layout(self._helpers).in_turns and not self._observed:
+                each = [partial(evaluate, latents, timestep, text.select(slice(row, row + 1))) for row in range(2)]
+                v = torch.cat(self._parallel.in_turns(each, (), self._device))
+            else:
+                v = evaluate(latents, timestep, text)
             if halved:  # in the model's own precision, which v had
                 v = torch.cat(exchange_branches(v.to(self.transformer.dtype), layout(()), self._geometry)).float()
             return guide(v, request.guidance_scale)
@@ -160,9 +174,61 @@ class OpenSoraPlanDenoiser:
         """From the next step on these VAE ranks take a share of the attention."""
         self._helpers = helpers
 
-    def observe(self, keep: Keep, num_blocks: int) -> AbstractContextManager[None]:
+    @property
+    def parallel(self) -> GroupParallel | None:
+        """This rank's place in the DiT group; None where attention is not divided."""
+        return self._parallel
+
+    @property
+    def branches_as_rows(self) -> bool:
+        """One evaluation of two rows, where they do not take turns."""
+        return True
+
+    def views(self, guidance: Guidance) -> Sequence[GroupParallel]:
+        """The DiT group, or this rank's half of it."""
+        view = self._half if guidance == "halves" else self._parallel
+        assert view is not None, "attention is not divided here"
+        return (view,)
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
+        """The first block of each pattern and layout of its tokens, and how many there are of each."""
+        kernels = () if self._parallel is None else self._parallel.kernels
+        return tuple((kernels.index(kernel), count) for kernel, count in Counter(kernels).items())
+
+    def layer(self, index: int, shape: Shape) -> Callable[[], object]:
+        """Prepare to run block `index` on random tokens of this member, in the layout then in use."""
+        parallel, block = self._parallel, self.transformer.blocks()[index]
+        assert parallel is not None
+        held, config = parallel.kernels[index].held, self.transformer.config
+        heads, head_dim = config.num_attention_heads, config.attention_head_dim
+        parallel.now = held
+        num_video = parallel.sequence.video_counts[parallel.member]
+
+        def random(*size: int) -> Tensor:
+            return torch.randn((shape.rows, *size), device=self._device).to(self.transformer.dtype)
+
+        tokens, modulation = random(num_video, heads * head_dim), random(6, heads * head_dim)
+        text = (random(self._text_tokens, heads, head_dim), random(self._text_tokens, heads, head_dim))
+        angles = self.transformer.rotary(
+            shape.num_video, 1, 1, device=self._device
+        )  # from which each layout takes its own
+
+        def run() -> object:
+            parallel.now = held  # as behind a block whose tokens lie like this
+            return block(tokens, modulation, angles, text)
+
+        return run
+
+    @contextmanager
+    def observe(self, keep: Keep, num_blocks: int) -> Iterator[None]:
         """Within the block, steps hand whole tensors to `keep`; on every member of the DiT group."""
-        return observing(self.transformer, self._parallel, self._geometry, keep, num_blocks, branches_as_rows=True)
+        self._observed = True
+        try:
+            with observing(self.transformer, self._parallel, self._geometry, keep, num_blocks, branches_as_rows=True):
+                yield
+        finally:
+            self._observed = False
 
 
 class OpenSoraPlanAssistant:
@@ -181,22 +247,45 @@ class OpenSoraPlanAssistant:
             dtype=DTYPES[config.model.dtype],
             device=runtime.device,
             halves=both_halves(config, runtime, facts.num_heads, make),
+            branches_as_rows=True,
         )
-        self._halved = runtime.branches is not None
+        self._config = config
 
-    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes]) -> None:
+    def prepare(self, request: VideoRequest, text_masks: Sequence[bytes], recorded: bool) -> None:
         """Sizes of a request, laid out as the DiT ranks do."""
         no_text = torch.ones((1, 0), dtype=torch.bool)
         rows = len(prompt_rows(request.prompt, request.negative_prompt, request.guidance_scale))
+        guidance = self._config.guidance(rows)
+        masks, rows = ([no_text], rows) if guidance == "none" else ([no_text, no_text], 1)
         num_video = self._geometry.token_grid(request.spec).video
-        if self._halved and rows == 2:
-            self._assistant.prepare(request.id, num_video, [no_text, no_text], rows=1, halved=True)
-        else:
-            self._assistant.prepare(request.id, num_video, [no_text for _ in text_masks], rows)
+        self._assistant.prepare(request.id, num_video, masks, rows, guidance, recorded)
 
     def step(self, request: str, helpers: tuple[int, ...]) -> None:
         """Take part in one step."""
         self._assistant.step(request, helpers)
+
+    @property
+    def parallel(self) -> SequenceParallel:
+        """This rank's place beside the DiT group."""
+        return self._assistant.parallel
+
+    @property
+    def branches_as_rows(self) -> bool:
+        """As on DiT ranks."""
+        return self._assistant.branches_as_rows
+
+    def views(self, guidance: Guidance) -> Sequence[SequenceParallel]:
+        """The DiT group, or both halves of it."""
+        return self._assistant.views(guidance)
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
+        """Those of the leader."""
+        return ()
+
+    def layer(self, index: int, shape: Shape) -> Callable[[], object]:
+        """Prepare to take part in attention layer `index` alone."""
+        return self._assistant.layer(index, shape.rows)
 
     def forget(self, request: str) -> None:
         """No step of this request will come any more."""

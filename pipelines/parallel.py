@@ -62,6 +62,7 @@ def _attention(config: Config, num_heads: int, members: int) -> dict[str, Any]:
         "kernel": config.model.attention_kernel,
         "heads_per_chunk": a.fixed_heads_per_chunk,
         "balance": a.fixed_balance,
+        "ping_pong": a.ping_pong == "on",
         "mesh": mesh,
     }
 

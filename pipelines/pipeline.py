@@ -24,6 +24,7 @@ from dit_group.kernels import check_kernel
 from dit_group.xfuser import check_xfuser
 from pipelines.batch import Batch, Finished, FramesListener, Job
 from pipelines.checkpoint import open_checkpoint
+from pipelines.checks import check_request
 from pipelines.engine import Engine, Progress
 from pipelines.families import ModelFacts, load_family
 from pipelines.launch import LocalLauncher, RankSpec
@@ -253,13 +254,15 @@ class VideoPipeline:
             checked.append(request)
         return checked
 
-    def check_request(self, request: VideoRequest, where: str = "") -> None:
-        """Refuse a request that this model cannot render.
+    def check_request(self, request: VideoRequest, where: str = "", text_tokens: int | None = None) -> None:
+        """Refuse a request that this model, or this layout of it, cannot render.
 
+        Args:
+            text_tokens: of conditioning that is given in place of a prompt.
         Raises:
             ValueError: names the field, the value and the nearest valid value.
         """
-        self._family.check_request(request, self._facts, where)
+        check_request(self._family, self._config, self._facts, request, where, text_tokens)
 
     def __call__(
         self,
@@ -363,7 +366,9 @@ class VideoPipeline:
             for index in range(count)
         ]
         for request in requests:
-            self.check_request(request)
+            for name in ("prompt_embeds", "negative_prompt_embeds"):
+                if name == "prompt_embeds" or request.negative_prompt is not None:
+                    self.check_request(request, text_tokens=given[name].shape[1] if name in given else None)
         noise = self._noise(requests, generator, latents)
         kinds: dict[OutputType, Literal["uint8", "float32", "latents"]] = {"pil": "uint8", "latent": "latents"}
         jobs = [

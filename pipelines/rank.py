@@ -17,8 +17,10 @@ import torch.distributed as dist
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from dit_group.calibrate import Part, calibrate
+from dit_group.calibrate import calibrate
+from dit_group.ping_pong import THREAD as SECOND_EVALUATION
 from dit_group.worker import DitWorker
+from dit_group.workload import Part
 from pipelines.checkpoint import open_checkpoint
 from pipelines.families import Assistant, TextEncoder, load_family
 from pipelines.faults import TRANSFERS
@@ -228,7 +230,7 @@ class _Rank:
                     self._report_when_done(StepCompleted(request=message.request, step=message.step))
             case PrepareAssist():
                 assert self._assistant is not None, "this rank cannot assist"
-                self._assistant.prepare(message.request, message.text_masks)
+                self._assistant.prepare(message.request, message.text_masks, message.recorded)
             case AssistStep():
                 assert self._assistant is not None, "this rank cannot assist"
                 with self._recorder.span("assist", request=message.request, step=message.step):
@@ -240,8 +242,9 @@ class _Rank:
                 if self._runtime.is_leader:
                     self.report(Calibrated(calibration=calibration))
             case Arrange():
-                assert self._part is not None and self._part.parallel is not None, "attention is not divided here"
-                self._part.parallel.arrange(message.num_video, message.arrangements)
+                assert self._part is not None, "this rank takes no part in denoising steps"
+                for view in self._part.views(message.guidance):
+                    view.arrange(message.num_video, message.arrangements, message.guidance)
             case FinishDenoise():
                 with self._recorder.span("finish", request=message.request):
                     self._dit_worker.finish(message.request)
@@ -338,7 +341,7 @@ class _HeartbeatThread(threading.Thread):
         client = ControlClient(self._spec.endpoint, self._spec.token, self._spec.rank, channel="beat")
         while not self._stop_event.wait(HEARTBEAT_S):
             current = self._recorder.current()
-            waiting, where = _locate(sys._current_frames().get(self._main))
+            waiting, where = self._where()
             client.send(
                 Envelope(
                     message=Heartbeat(
@@ -354,12 +357,23 @@ class _HeartbeatThread(threading.Thread):
             )
         client.close()
 
+    def _where(self) -> tuple[bool, str]:
+        """As `_locate`, of the main thread, or of the evaluation that runs while that one has handed over."""
+        frames = sys._current_frames()
+        found = _locate(frames.get(self._main))
+        if found[1].startswith(HANDING_OVER):
+            for thread in threading.enumerate():
+                if thread.name == SECOND_EVALUATION and thread.ident is not None:
+                    return _locate(frames.get(thread.ident))
+        return found
+
     def stop(self) -> None:
         """End the thread and wait for it."""
         self._stop_event.set()
         self.join()
 
 
+HANDING_OVER = "dit_group/ping_pong.py"
 _OURS = ("videopipe/", "dit_group/", "vae_group/", "pipelines/")
 
 

@@ -99,12 +99,16 @@ def held_tokens(pattern: SkipSparse, num_tokens: int, ranks: int) -> Held:
     return Held(tokens=by_group, counts=counts_of[pattern])
 
 
-def head_counts(pattern: SkipSparse, heads: int, ranks: int, helpers: int = 0) -> tuple[tuple[int, ...], ...]:
+def head_counts(
+    pattern: SkipSparse, heads: int, ranks: int, helpers: Sequence[Fraction] = ()
+) -> tuple[tuple[int, ...], ...]:
     """Heads [group][member] that each member computes: about k * N / (n + m) in all, and where the tokens are.
 
-    The last `helpers` members hold no tokens and take the same share of every group.
+    Args:
+        helpers: the last members, who hold no tokens and take the same share of every group: how much of what a rank
+            computes; 1 for equal shares.
     """
-    shares = [[*[share * ranks for share in row], *[Fraction(1)] * helpers] for row in _shares(pattern, ranks)]
+    shares = [[*[share * ranks for share in row], *helpers] for row in _shares(pattern, ranks)]
     return _deal([heads] * pattern.groups, shares)
 
 
@@ -208,7 +212,8 @@ def sent_values(
     total = 0
     for (pattern, lies), layers in Counter(zip(patterns, held, strict=True)).items():
         tokens = (layouts[lies].totals,) if pattern.kind == "dense" else layouts[lies].counts
-        for group_tokens, group_heads in zip(tokens, head_counts(pattern, heads, ranks, helpers), strict=True):
+        dealt = head_counts(pattern, heads, ranks, [Fraction(1)] * helpers)
+        for group_tokens, group_heads in zip(tokens, dealt, strict=True):
             partition = Partition((*group_tokens, *[0] * helpers), group_heads)
             sent = 3 * partition.to_heads_bytes(member, 1, head_dim, 1)
             total += layers * (sent + partition.to_tokens_bytes(member, 1, head_dim, 1))

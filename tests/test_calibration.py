@@ -18,7 +18,7 @@ from dit_group.attention import SequenceParallel
 from dit_group.calibrate import calibrate
 from dit_group.kernels import sdpa
 from dit_group.ulysses import Ulysses
-from pipelines import HunyuanVideoPipeline, cli
+from pipelines import HunyuanVideoPipeline, OpenSoraPlanPipeline, cli
 from pipelines.calibration import Calibrations, rules_of, shape_of
 from pipelines.calibration_cache import CalibrationCache, setup_of
 from pipelines.checkpoint import Checkpoint
@@ -26,9 +26,12 @@ from pipelines.families import ModelFacts, load_family
 from pipelines.hunyuan_video import HunyuanVideo
 from pipelines.launch import LocalLauncher
 from tests.ranks import leave, run_ranks
+from tests.test_sharded_dit import relative
+from tools.tiny_open_sora_plan import make_open_sora_plan
 from videopipe.arrangement import (
     Arrangement,
     Calibration,
+    Guidance,
     Rules,
     Shape,
     Timing,
@@ -55,6 +58,11 @@ class SleepyPart:
     leads: bool
     per_call_s: float = 0.0
     projection_s: float = 0.0
+
+    branches_as_rows = False
+
+    def views(self, guidance: Guidance) -> tuple[SequenceParallel, ...]:
+        return (self.parallel,)
 
     @property
     def layer_kinds(self) -> tuple[tuple[int, int], ...]:
@@ -402,20 +410,70 @@ def test_everything_automatic_gives_the_same_clips(
     )
 
 
+# -- branches of guidance, and groups of tokens
+
+
+def osp_facts() -> ModelFacts:
+    return load_family("open-sora-plan").published.facts
+
+
+def guided(scale: float = 3.0, spec: VideoSpec = SPEC) -> VideoRequest:
+    """With a second branch, in either family."""
+    return msgspec.structs.replace(
+        request(spec=spec), negative_prompt="blur", true_cfg_scale=scale, guidance_scale=scale
+    )
+
+
 @pytest.mark.parametrize(
-    ("name", "plain"), [("heads_per_chunk", "all"), ("balance", "heads"), ("co_processing", "off")]
+    ("overrides", "guidance", "members"),
+    [
+        (["attention.cfg_parallel=on", "attention.ping_pong=auto"], "halves", 2),
+        (["attention.ping_pong=auto"], "pair", 4),
+        (["attention.ping_pong=on"], "pair", 4),
+        (["attention.ping_pong=auto", "schedule.mode=deterministic"], "none", 4),
+        ([], "none", 4),
+    ],
 )
-def test_a_family_whose_groups_are_dealt_out_by_bytes_is_not_measured(name: str, plain: str) -> None:
-    config = load_config({"model": {"family": "open-sora-plan"}}, [f"attention.{name}=auto"])
-    with pytest.raises(ConfigError, match=rf"attention.{name}='auto' .*nearest is '{plain}'"):
-        load_family("open-sora-plan").check_config(config)
+def test_each_way_of_guidance_has_rules_and_times_of_its_own(
+    facts: ModelFacts, overrides: list[str], guidance: str, members: int
+) -> None:
+    settings = ["groups.dit_ranks=4", "attention.heads_per_chunk=auto", "attention.balance=auto", *overrides]
+    config = load_config(None, settings)
+    shape = shape_of(config, facts, guided())
+    assert (shape.guidance, shape.rows) == (guidance, 1)
+    assert shape_of(config, facts, guided(scale=1.0)).guidance == "none"
+    rules = rules_of(config, facts, shape.guidance)
+    assert (rules.members, rules_of(config, facts).members) == (members, 4)
+    in_turns = {way.in_turns for way in ways_without_helpers(rules)}
+    if guidance == "pair":
+        assert in_turns == ({True} if "attention.ping_pong=on" in overrides else {False, True})
+    else:
+        assert in_turns == {False}
+    assert {way.in_turns for way in ways_without_helpers(rules_of(config, facts))} == {False}
 
 
-def test_halves_of_the_dit_group_are_not_measured() -> None:
-    settings = ["groups.dit_ranks=4", *(f"attention.{name}=auto" for name in AUTO)]
-    assert load_config(None, settings).calibrates
-    halves = load_config(None, [*settings, "attention.cfg_parallel=on"])
-    assert not halves.calibrates and halves.helper_sets == ()
+def test_a_measurement_of_another_guidance_is_not_the_nearest(facts: ModelFacts, tmp_path: Path) -> None:
+    config = load_config(
+        {"groups": {"dit_ranks": 4}, "attention": {**AUTO, "cfg_parallel": "on", "calibration_cache": str(tmp_path)}}
+    )
+    calibrations = known(config, facts)
+    calibrations.take(a_calibration(shape_of(config, facts, guided()), Arrangement(heads_per_chunk=1)))
+    assert known(config, facts).choose(guided()).source == "cache"
+    assert known(config, facts).choose(request()).source == "not measured"
+    larger = guided(spec=VideoSpec(height=64, width=64, num_frames=17))
+    assert known(config, facts).choose(larger).source == "nearest"
+
+
+def test_groups_of_tokens_leave_no_rows_to_choose() -> None:
+    config = load_config({"model": {"family": "open-sora-plan"}, "groups": {"dit_ranks": 7}, "attention": AUTO})
+    load_family("open-sora-plan").check_config(config)
+    rules = rules_of(config, osp_facts())
+    assert {way.balance for way in ways_without_helpers(rules)} == {"heads"}
+    # two ranks share a group of 24 heads, and 4 heads each are those of a dense block
+    assert {way.heads_per_chunk for way in ways_without_helpers(rules)} >= {None, 7, 5, 4, 2, 1}
+    lent = ways_with_helpers(rules, Arrangement(), (7,), 1.0, [1.0])
+    assert lent and {way.balance for way in lent} == {"heads"}
+    assert shape_of(config, osp_facts(), guided()).rows == 2 and shape_of(config, osp_facts(), guided(1.0)).rows == 1
 
 
 def every_way(config: Config, facts: ModelFacts) -> list[tuple[Arrangement, ...]]:
@@ -495,7 +553,8 @@ def test_a_rank_lost_while_measuring_is_told_to_who_waits(
     with HunyuanVideoPipeline.start(auto_config(tiny_checkpoint, tmp_path), launcher=launcher) as pipe:
         measuring = pipe.engine._measuring
         assert measuring is not None
-        measuring.calibrations.rules = msgspec.structs.replace(measuring.calibrations.rules, helper_sets=((9,),))
+        rules = msgspec.structs.replace(measuring.calibrations.rules("none"), helper_sets=((9,),))
+        measuring.calibrations.rules = lambda guidance: rules  # type: ignore[method-assign]
         with pytest.raises(RankError):
             list(pipe.render([request()]))
         with pytest.raises(RankError):
@@ -544,3 +603,93 @@ def test_nothing_is_told_twice(tiny_checkpoint: Path, facts: ModelFacts, tmp_pat
         warnings.simplefilter("error")
         calibrations = known(auto_config(tiny_checkpoint, tmp_path / "none"), facts)
         assert calibrations.choose(request()).source == "not measured"
+
+
+# -- guided clips of both families, on halves, in turns and as rows of a batch
+
+PIPELINES = {"hunyuan-video": HunyuanVideoPipeline, "open-sora-plan": OpenSoraPlanPipeline}
+
+
+def guided_config(checkpoints: dict[str, Path], family: str, cache: Path, *settings: str) -> Config:
+    config = auto_config(checkpoints[family], cache)
+    plain = {key: value for key, value in msgspec.to_builtins(config.request).items() if value is not None}
+    tables = msgspec.to_builtins(config)
+    source = {
+        "model": {"weights": str(checkpoints[family]), "family": family},
+        "groups": tables["groups"],
+        "attention": AUTO | {"calibration_cache": str(cache)},
+        "request": plain,
+        "runtime": {"device": "cpu", "threads_per_rank": 1},
+        "output": {"format": "latent"},
+    }
+    return load_config(source, settings)
+
+
+def guided_clip(family: str) -> VideoRequest:
+    clip = msgspec.structs.replace(guided(), num_inference_steps=2, max_sequence_length=160)
+    return clip if family == "hunyuan-video" else msgspec.structs.replace(clip, true_cfg_scale=1.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    osp = make_open_sora_plan(tmp_path_factory.mktemp("osp") / "tiny", num_layers=4)
+    return {"hunyuan-video": tiny_checkpoint, "open-sora-plan": osp}
+
+
+@pytest.fixture(scope="module")
+def guided_alone(checkpoints: dict[str, Path], launcher: LocalLauncher) -> dict[str, Tensor]:
+    """By one rank."""
+    found = {}
+    for family, kind in PIPELINES.items():
+        overrides = ["output.format=latent", "runtime.threads_per_rank=1"]
+        with kind.from_pretrained(
+            checkpoints[family], dit_ranks=1, vae_ranks=0, overrides=overrides, launcher=launcher
+        ) as pipe:
+            [clip] = pipe.render([guided_clip(family)])
+            found[family] = clip.latents
+    return found
+
+
+@pytest.mark.parametrize("family", sorted(PIPELINES))
+@pytest.mark.parametrize(
+    ("setting", "guidance"),
+    [
+        ("attention.cfg_parallel=on", "halves"),
+        ("attention.ping_pong=auto", "pair"),
+        ("attention.ping_pong=off", "none"),
+    ],
+)
+def test_whatever_is_chosen_for_guided_clips_gives_those_of_one_rank(
+    checkpoints: dict[str, Path],
+    launcher: LocalLauncher,
+    guided_alone: dict[str, Tensor],
+    tmp_path: Path,
+    family: str,
+    setting: str,
+    guidance: Guidance,
+) -> None:
+    """First what a short measurement chooses, then one way of each kind, told as if it had been measured."""
+    config = guided_config(checkpoints, family, tmp_path, setting)
+    clip = guided_clip(family)
+    with PIPELINES[family].start(config, launcher=launcher) as pipe:
+        shape = shape_of(config, pipe.facts, clip)
+        assert shape.guidance == guidance
+        rules = rules_of(config, pipe.facts, guidance)
+        calibration = pipe.engine.calibrate(clip, 0.5)
+        assert calibration.shape == shape and calibration.timings[0].arrangement == rules.plain
+        assert all(t.attention_s for t in calibration.timings if not t.arrangement.helpers)
+        lent = ways_with_helpers(rules, Arrangement(heads_per_chunk=1), (2,), 1.0, [0.7], 0.5)
+        helped = [way for way in lent if way.helpers_first][:1] + [way for way in lent if way.in_turns][:1]
+        alone = {(way.heads_per_chunk is None, way.in_turns): way for way in ways_without_helpers(rules)}.values()
+        assert any(way.in_turns for way in (*alone, *helped)) == (guidance == "pair")
+        choices = [calibration.chosen, *((way,) for way in alone), *((rules.plain, way) for way in helped)]
+        measuring = pipe.engine._measuring
+        assert measuring is not None and len(choices) >= 3 - (guidance == "halves")
+        for ways in choices:
+            measuring.calibrations.take(a_calibration(shape, *ways))
+            [found] = pipe.render([clip])
+            assert relative(found.latents, guided_alone[family]) <= 1e-5, ways
+            assert [way["helpers"] for way in found.side_car.plan["chosen"]["ways"]] == [way.helpers for way in ways]
+            assert found.side_car.plan["chosen"]["shape"]["guidance"] == guidance
+        [plain] = pipe.render([msgspec.structs.replace(clip, id="plain", guidance_scale=1.0, true_cfg_scale=1.0)])
+    assert plain.side_car.plan["chosen"]["shape"]["guidance"] == "none"

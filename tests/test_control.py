@@ -73,10 +73,12 @@ TO_RANK: list[ToRank] = [
     EncodePrompt(request=REQUEST, dit_ranks=(0, 1, 2), transfer=7),
     BeginDenoise(request=REQUEST, source=1, nbytes=2**40, transfer=7),
     RunStep(request="fox", step=3, helpers=(2, 4)),
-    PrepareAssist(request=REQUEST, text_masks=(b"\x01\x01\x00", b"\x01")),
+    PrepareAssist(request=REQUEST, text_masks=(b"\x01\x01\x00", b"\x01"), recorded=True),
     AssistStep(request="fox", step=3, helpers=(2, 4)),
     Calibrate(shape=SHAPE, rules=Rules(num_heads=24, members=2, helper_sets=((2,),)), budget_s=4.0),
-    Arrange(num_video=60, arrangements=(Arrangement(), Arrangement(helpers=(2,), head_counts=(9, 9, 6)))),
+    Arrange(
+        num_video=60, guidance="pair", arrangements=(Arrangement(), Arrangement(helpers=(2,), head_counts=(9, 9, 6)))
+    ),
     FinishDenoise(request="fox"),
     AbandonRequest(request="fox"),
     SendLatents(request="fox", to=(3, 4), transfer=8),

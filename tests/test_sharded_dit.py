@@ -33,6 +33,7 @@ from pipelines.hunyuan_video_parts import (
 )
 from tests.ranks import leave, run_ranks
 from tools.make_tiny_checkpoint import make_hunyuan_video
+from videopipe.arrangement import Guidance
 from videopipe.config import load_config
 from videopipe.geometry import VideoSpec
 from videopipe.records import VideoRequest
@@ -191,9 +192,9 @@ def unmasked_padding(denoiser: HunyuanVideoDenoiser, parallel: SequenceParallel)
     lay_out = parallel.lay_out
 
     def without_mask(
-        num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
+        num_video: int, num_text: int, text_mask: Tensor | None, helpers: tuple[int, ...], guidance: Guidance
     ) -> Layout:
-        return lay_out(num_video, num_text, None, helpers)
+        return lay_out(num_video, num_text, None, helpers, guidance)
 
     parallel.lay_out = without_mask  # type: ignore[method-assign]
 
@@ -203,9 +204,9 @@ def mask_in_plain_order(denoiser: HunyuanVideoDenoiser, parallel: SequenceParall
     lay_out = parallel.lay_out
 
     def unpermuted(
-        num_video: int, num_text: int, text_mask: Tensor | None = None, helpers: tuple[int, ...] = ()
+        num_video: int, num_text: int, text_mask: Tensor | None, helpers: tuple[int, ...], guidance: Guidance
     ) -> Layout:
-        layout = lay_out(num_video, num_text, text_mask, helpers)
+        layout = lay_out(num_video, num_text, text_mask, helpers, guidance)
         assert text_mask is not None
         assert isinstance(layout.attention, Ulysses)
         layout.attention.key_mask = torch.cat([text_mask.new_ones(1, num_video), text_mask], dim=1)

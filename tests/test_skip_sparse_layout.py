@@ -1,6 +1,7 @@
 """Ranks that hold whole groups of skip-sparse blocks: who holds what, what travels, and that nothing is lost."""
 
 import itertools
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,9 +12,16 @@ from dit_group.call import run_call
 from dit_group.shards import gather_latents
 from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel, skip_sparse_attention
 from pipelines.models.skip_sparse import DENSE, SkipSparse, block_sparsity
-from pipelines.open_sora_plan_attention import GroupParallel, LayerKernel, layer_kernels, parallelize
+from pipelines.open_sora_plan_attention import (
+    GroupParallel,
+    LayerKernel,
+    helper_shares,
+    layer_kernels,
+    parallelize,
+)
 from pipelines.skip_sparse_layout import Move, head_counts, held_patterns, held_tokens, move_between, sent_values
 from tests.ranks import leave, run_ranks
+from videopipe.arrangement import Arrangement
 from videopipe.geometry import LatentGeometry
 from videopipe.runtime import Runtime
 
@@ -51,7 +59,7 @@ def test_ranks_hold_whole_groups_or_a_share_of_one(ranks: int, groups_of_a_rank:
 @pytest.mark.parametrize(("ranks", "helpers"), [(1, 1), (2, 0), (3, 0), (3, 1), (5, 0), (7, 0), (7, 1), (8, 0), (6, 2)])
 def test_heads_are_dealt_evenly_and_where_the_tokens_are(ranks: int, helpers: int) -> None:
     for pattern in (SINGLE, GROUP):
-        counts = head_counts(pattern, 24, ranks, helpers)
+        counts = head_counts(pattern, 24, ranks, [Fraction(1)] * helpers)
         assert all(sum(group) == 24 for group in counts)
         loads = [sum(group[member] for group in counts) for member in range(ranks + helpers)]
         assert max(loads) - min(loads) <= 1
@@ -206,7 +214,7 @@ def on_ranks(runtime: Runtime, sizes: list[tuple[int, int, int]], breakage: str)
 
 def first_angles(parallel: GroupParallel, model: OpenSoraPlanTransformer3DModel) -> tuple[Tensor, ...]:
     """Of the clip of SIZES[1], the angles of the tokens that this rank held at first."""
-    own = parallel.layout.attention.layouts[parallel.kernels[0].held].own
+    own = parallel._whole.own
     return tuple(table[own] for table in model.rotary.forward(4, 4, 4))
 
 
@@ -247,18 +255,36 @@ def attend_with_help(runtime: Runtime) -> float:
         rank=runtime.rank,
         assist_groups={helpers: runtime.exchange_group},
     )
-    layout = parallel.lay_out(TOKENS, 0, None, helpers)
     g = torch.Generator().manual_seed(2)
     q, k, v = (torch.randn(2, TOKENS, heads, 12, generator=g) for _ in range(3))
     worst = 0.0
-    for kernel in kernels:
-        held = held_tokens(kernel.held, TOKENS, ranks).tokens
-        mine = held[runtime.rank] if runtime.rank < ranks else held[0][:0]
-        out = run_call(layout.attention.begin(kernel), q[:, mine], k[:, mine], v[:, mine])
-        expected = skip_sparse_attention(q, k, v, sparse=kernel.pattern, key_bias=None)[:, mine]
-        worst = max(worst, float((out - expected).abs().max())) if len(mine) else worst
+    for way in (
+        Arrangement(helpers=helpers),
+        Arrangement(helpers=helpers, head_counts=(1, 1, 1, 2, 1), helpers_first=True, heads_per_chunk=1),
+        Arrangement(helpers=helpers, head_counts=(2, 2, 1, 0, 1), early_chunks=1, heads_per_chunk=2),
+    ):
+        layout = parallel.lay_out_as(way, TOKENS, 0)
+        for kernel in kernels:
+            held = held_tokens(kernel.held, TOKENS, ranks).tokens
+            mine = held[runtime.rank] if runtime.rank < ranks else held[0][:0]
+            out = run_call(layout.attention.begin(kernel), q[:, mine], k[:, mine], v[:, mine])
+            expected = skip_sparse_attention(q, k, v, sparse=kernel.pattern, key_bias=None)[:, mine]
+            worst = max(worst, float((out - expected).abs().max())) if len(mine) else worst
     leave(runtime)
     return worst
+
+
+@pytest.mark.parametrize("counts", [(2, 2, 2, 3, 1), (4, 4, 4, 0, 1), (0, 0, 0, 5, 5)])
+def test_helpers_get_their_share_of_every_group(counts: tuple[int, ...]) -> None:
+    """As of the heads of a dense block, as far as whole heads allow."""
+    shares = helper_shares(Arrangement(helpers=(3, 4), head_counts=counts), 3)
+    for pattern in (DENSE, SINGLE, GROUP):
+        dealt = head_counts(pattern, 24, 3, shares)
+        assert all(sum(group) == 24 for group in dealt)
+        for helper in (3, 4):
+            wanted = pattern.groups * 24 * counts[helper] / sum(counts)
+            found = sum(group[helper] for group in dealt)
+            assert abs(found - wanted) <= 1 if sum(counts[:3]) else found >= 8 * pattern.groups
 
 
 def test_helpers_take_heads_of_every_group() -> None:

@@ -26,10 +26,11 @@ from torch import Tensor
 from torch.distributed import FileStore
 
 from dit_group.attention import SequenceParallel
-from dit_group.calibrate import Stopwatch, calibrate
+from dit_group.calibrate import calibrate
+from dit_group.stopwatch import Stopwatch
 from tools.bench_attention import commit, on_ranks
 from tools.bench_overlap import EmulatedLink, WallClock
-from videopipe.arrangement import Arrangement, Rules, Shape
+from videopipe.arrangement import Arrangement, Guidance, Rules, Shape
 from videopipe.files import write_bytes
 from videopipe.runtime import end_runtime, start_runtime
 
@@ -54,7 +55,7 @@ class Case:
 
 
 class WaitingPart:
-    """A layer that waits where it would compute; see `dit_group.calibrate.Part`."""
+    """A layer that waits where it would compute; see `dit_group.workload.Part`."""
 
     def __init__(self, case: Case, parallel: SequenceParallel) -> None:
         self._case = case
@@ -64,6 +65,15 @@ class WaitingPart:
     def parallel(self) -> SequenceParallel:
         """This rank's place in the DiT group."""
         return self._parallel
+
+    @property
+    def branches_as_rows(self) -> bool:
+        """There is one branch."""
+        return False
+
+    def views(self, guidance: Guidance) -> tuple[SequenceParallel, ...]:
+        """The group."""
+        return (self._parallel,)
 
     @property
     def layer_kinds(self) -> tuple[tuple[int, int], ...]:

@@ -9,7 +9,7 @@ fixes one head a chunk and equal shares; here both are measured for each shape.
 
 import statistics
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -21,12 +21,21 @@ TIE = 0.02
 """Less than this faster than the plain way counts as equal to it."""
 
 
+Guidance = Literal["none", "halves", "pair"]
+"""How the two branches of guidance are evaluated, as far as ways to move heads depend on it.
+
+`halves`: by one half of the DiT group each, at the same time. `pair`: by the whole group, and they may take turns.
+`none`: there is one evaluation, or two that follow each other.
+"""
+
+
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
     """The sizes on which times depend: tokens of one sequence, and rows of the batch (B) of an evaluation."""
 
     num_video: int
     num_text: int
     rows: int = 1
+    guidance: Guidance = "none"
 
     @property
     def num_tokens(self) -> int:
@@ -38,7 +47,8 @@ class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
     """How heads are divided among DiT ranks and `helpers`, and in which chunks they travel.
 
     `heads_per_chunk`, `balance`, `head_counts`, `helpers_first`, `early_chunks`: as for `dit_group.ulysses.Ulysses`;
-    counts are of the DiT ranks in order, then of the helpers.
+    counts are of the DiT ranks in order, then of the helpers. `in_turns`: a pair of evaluations takes turns
+    (`dit_group.ping_pong`).
     """
 
     helpers: tuple[int, ...] = ()
@@ -47,6 +57,7 @@ class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
     head_counts: tuple[int, ...] | None = None
     helpers_first: bool = False
     early_chunks: int | None = None
+    in_turns: bool = False
 
     def num_chunks(self, num_heads: int, members: int) -> int:
         """Into how many chunks whole heads are cut among `members` DiT ranks and the helpers."""
@@ -73,15 +84,18 @@ class Arrangement(msgspec.Struct, frozen=True, kw_only=True):
             parts.append("theirs first")
         if self.early_chunks is not None:
             parts.append(f"v and k of {self.early_chunks} early")
+        if self.in_turns:
+            parts.append("branches in turns")
         return ", ".join(parts)
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """What may be chosen, and what is given.
 
-    `members` DiT ranks that divide the heads; `heads_per_chunk` and `balance` where they are given, None where they
-    are to be chosen (for the number of heads: `choose_chunks`); `helper_sets` VAE ranks that may be lent together,
-    `choose_helpers` whether lending is to be chosen or given.
+    `members` DiT ranks that divide the heads; `heads_per_chunk`, `balance` and `in_turns` where they are given, None
+    where they are to be chosen (for the number of heads: `choose_chunks`); `helper_sets` VAE ranks that may be lent
+    together, `choose_helpers` whether lending is to be chosen or given. `groups`: of tokens that sparse layers keep
+    apart; a member has heads of few of them, and more of these.
     """
 
     num_heads: int
@@ -91,11 +105,15 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     balance: Balance | None = "heads"
     helper_sets: tuple[tuple[int, ...], ...] = ()
     choose_helpers: bool = False
+    in_turns: bool | None = False
+    groups: int = 1
 
     @property
     def plain(self) -> Arrangement:
         """Without a measurement: what is given, else all heads at once and whole heads."""
-        return Arrangement(heads_per_chunk=self.heads_per_chunk, balance=self.balance or "heads")
+        return Arrangement(
+            heads_per_chunk=self.heads_per_chunk, balance=self.balance or "heads", in_turns=bool(self.in_turns)
+        )
 
     @property
     def is_open(self) -> bool:
@@ -148,89 +166,121 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True):
 def ways_without_helpers(rules: Rules) -> tuple[Arrangement, ...]:
     """The plain way first, then all others worth a measurement, those in one piece before those in chunks.
 
-    Chunk sizes are those that make 2, 3 and 4 chunks, and single heads.
+    Chunk sizes are those that make 2, 3 and 4 chunks, and single heads. Branches in turns hide the exchanges by
+    themselves, so they are tried in one piece where that is to be chosen.
     """
     plain, found = rules.plain, [rules.plain]
     balances: list[Balance] = ["heads", "rows"] if rules.balance is None and _has_leftover(rules) else [plain.balance]
     for balance in balances:
         share = rules.num_heads // rules.members if balance == "rows" else -(-rules.num_heads // rules.members)
+        shares = {share}
+        if rules.members > rules.groups > 1:  # ranks that share a group have more heads of it
+            shares.add(-(-rules.num_heads * rules.groups // rules.members))
         sizes: list[int | None] = [plain.heads_per_chunk]
         if rules.choose_chunks and rules.members > 1:
-            cuts = sorted({-(-share // chunks) for chunks in (2, 3, 4)} | {1}, reverse=True)
-            sizes += [size for size in cuts if size < share]
-        found += [Arrangement(heads_per_chunk=size, balance=balance) for size in sizes]
+            cuts = {
+                size for most in shares for size in ({-(-most // chunks) for chunks in (2, 3, 4)} | {1}) if size < most
+            }
+            sizes += sorted(cuts, reverse=True)
+        found += [msgspec.structs.replace(plain, heads_per_chunk=size, balance=balance) for size in sizes]
+        if rules.in_turns is None:
+            found.append(msgspec.structs.replace(plain, balance=balance, in_turns=True))
     return tuple(sorted(dict.fromkeys(found), key=lambda way: way.heads_per_chunk != plain.heads_per_chunk))
 
 
 def ways_with_helpers(
-    rules: Rules, alone: Arrangement, helpers: tuple[int, ...], member_s: float, helper_s: Sequence[float]
+    rules: Rules,
+    alone: Arrangement,
+    helpers: tuple[int, ...],
+    member_s: float,
+    helper_s: Sequence[float],
+    linear_s: float = 0.0,
 ) -> tuple[Arrangement, ...]:
     """Ways to lend these helpers, the most promising ones first; none where no share of the heads could pay.
 
     Args:
         alone: the way chosen without helpers.
         member_s, helper_s: measured seconds of one head on a DiT rank, and on each of `helpers`.
+        linear_s: those of one evaluation's layer without its attention.
     """
     chunked = dict.fromkeys((alone.heads_per_chunk, rules.plain.heads_per_chunk))
     if not rules.choose_helpers:  # lent in equal shares whatever is measured; only how heads travel is open
         sizes = (rules.plain.heads_per_chunk, *chunked)
+        turns = (False, True) if rules.in_turns is None else (rules.in_turns,)
         return tuple(
             dict.fromkeys(
-                Arrangement(helpers=helpers, heads_per_chunk=size, balance=balance)
+                Arrangement(helpers=helpers, heads_per_chunk=size, balance=balance, in_turns=in_turns)
+                for in_turns in turns
                 for balance in (rules.plain.balance, alone.balance)
                 for size in sizes
             )
         )
-    best = share_heads(rules.num_heads, rules.members, member_s, helper_s)
-    if 0 in best:  # the set without that helper is there as well
-        return ()
-    fewer = tuple(max(count - 1, 0) for count in best)
-    half = tuple(count // 2 for count in best)
-    equal = split_evenly(rules.num_heads, rules.members + len(helpers))[rules.members :]
     ways: list[Arrangement] = []
-    for counts in dict.fromkeys((best, equal, fewer, half)):
-        way = _lend(rules, alone, helpers, counts)
-        if way is None:
-            continue
-        for size in chunked if counts == best else (alone.heads_per_chunk,):
-            ways.append(msgspec.structs.replace(way, heads_per_chunk=size))
-            ways.append(msgspec.structs.replace(way, heads_per_chunk=size, helpers_first=True))
+    if rules.in_turns is not True:
+        best = share_heads(rules.num_heads, rules.members, member_s, helper_s)
+        for counts in _shares_to_try(rules, best):
+            for size in chunked if counts == best else (alone.heads_per_chunk,):
+                ways += _lend(rules, alone, helpers, counts, heads_per_chunk=size)
+                ways += _lend(rules, alone, helpers, counts, heads_per_chunk=size, helpers_first=True)
+    if rules.in_turns is not False:  # helpers compute under the linear layers of the other branch as well
+        best = share_heads(rules.num_heads, rules.members, member_s, helper_s, linear_s)
+        for counts in _shares_to_try(rules, best):
+            ways += _lend(rules, alone, helpers, counts, heads_per_chunk=rules.plain.heads_per_chunk, in_turns=True)
     return tuple(dict.fromkeys(ways))
 
 
-def share_heads(num_heads: int, members: int, member_s: float, helper_s: Sequence[float]) -> tuple[int, ...]:
-    """Heads of each helper so that all ranks finish at about the same time, judged by attention alone.
+def _shares_to_try(rules: Rules, best: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Heads of each helper: the best ones by the speeds, equal ones, one less, half; none where one helper has none.
+
+    The set without that helper is there as well.
+    """
+    if 0 in best:
+        return ()
+    fewer, half = tuple(max(count - 1, 0) for count in best), tuple(count // 2 for count in best)
+    equal = split_evenly(rules.num_heads, rules.members + len(best))[rules.members :]
+    return tuple(dict.fromkeys((best, equal, fewer, half)))
+
+
+def share_heads(
+    num_heads: int, members: int, member_s: float, helper_s: Sequence[float], linear_s: float = 0.0
+) -> tuple[int, ...]:
+    """Heads of each helper so that all ranks finish at about the same time.
 
     A helper gets a head more as long as it then finishes before the DiT ranks do, which share the others evenly; a slow
     one may get none.
 
     Args:
         member_s, helper_s: seconds of one head on a DiT rank, and on each helper.
+        linear_s: what else a DiT rank computes meanwhile; 0 to judge by attention alone.
     """
     counts = [0] * len(helper_s)
     while True:
         first = min(range(len(counts)), key=lambda helper: helper_s[helper] * (counts[helper] + 1))
         left = num_heads - sum(counts)
-        if not left or helper_s[first] * (counts[first] + 1) >= member_s * left / members:
+        if not left or helper_s[first] * (counts[first] + 1) >= member_s * left / members + linear_s:
             return tuple(counts)
         counts[first] += 1
 
 
-def _lend(rules: Rules, alone: Arrangement, helpers: tuple[int, ...], counts: tuple[int, ...]) -> Arrangement | None:
-    """So many heads for each helper, the others for the DiT ranks.
+def _lend(
+    rules: Rules, alone: Arrangement, helpers: tuple[int, ...], counts: tuple[int, ...], **more: Any
+) -> list[Arrangement]:
+    """A way with so many heads for each helper, the others for the DiT ranks.
 
     None where that relieves no DiT rank, or where a helper would get nothing.
     """
     if 0 in counts:
-        return None
+        return []
     left = rules.num_heads - sum(counts)
     rows = rules.balance == "rows" or (rules.balance is None and left % rules.members > 0)
     own = (left // rules.members,) * rules.members if rows else split_evenly(left, rules.members)
-    busiest = left / rules.members if rows else max(own)
+    fine = rows or rules.groups > 1  # the heads of all groups are dealt out together
+    busiest = left / rules.members if fine else max(own)
     before = rules.num_heads / rules.members
-    if busiest >= (before if alone.balance == "rows" else -(-rules.num_heads // rules.members)):
-        return None
-    return Arrangement(helpers=helpers, balance="rows" if rows else "heads", head_counts=(*own, *counts))
+    if busiest >= (before if alone.balance == "rows" or rules.groups > 1 else -(-rules.num_heads // rules.members)):
+        return []
+    balance: Balance = "rows" if rows else "heads"
+    return [Arrangement(helpers=helpers, balance=balance, head_counts=(*own, *counts), **more)]
 
 
 def _has_leftover(rules: Rules) -> bool:

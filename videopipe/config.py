@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from videopipe.arrangement import Guidance
 from videopipe.geometry import VideoSpec
 from videopipe.records import OutputFormat
 from videopipe.scheduler import helper_sets
@@ -74,8 +75,9 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     each), `mesh_inside` naming the axis of neighbouring ranks; `xfuser` is Ulysses through xfuser's own exchange, for
     comparison, where tokens and heads divide by the ranks.
     `text` says what happens to padded text tokens: `trimmed` drops them, `padded` keeps and masks them, `auto` keeps
-    them on one rank (where the result is then bit-equal to diffusers) and trims them on several, and for
-    Open-Sora-Plan, which diffusers does not have, always.
+    them on one rank (where the result is then bit-equal to diffusers) and with `xfuser`, whose tokens must be known to
+    divide by the ranks before the prompt is, trims them on several, and for Open-Sora-Plan, which diffusers does not
+    have, always.
     `heads_per_chunk`: so many heads of each rank travel while others compute (PipeSP); `all` is the plain path.
     `balance`: `heads` gives whole heads to ranks; `rows` divides those left over by query rows, so that 24 heads load
     5 or 7 ranks equally.
@@ -83,10 +85,13 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     `cfg_parallel`: requests with guidance are evaluated by two halves of the DiT group, one branch each, with sequence
     parallelism of their own; once in a step two ranks exchange the predictions of their tokens. Other requests are
     rendered by the whole group.
-    `auto` for these three is measured on the ranks for each size of clip before its first denoising, and kept in
-    `calibration_cache`, a folder (by default `videopipe/calibration` in the user's cache folder); the plain way
-    (`all`, `heads`, `off`) stays where nothing else is faster, with `schedule.mode = "deterministic"` and with
-    `cfg_parallel`.
+    `ping_pong`: both branches of guidance run on the whole DiT group, layer by layer in turn, so that one computes
+    while the other's attention travels or is computed by helpers. It takes the activations of both; steps that are
+    recorded do without.
+    `auto` for `heads_per_chunk`, `balance`, `co_processing` and `ping_pong` is measured on the ranks for each size of
+    clip before its first denoising, and kept in `calibration_cache`, a folder (by default `videopipe/calibration` in
+    the user's cache folder); the plain way (`all`, `heads`, `off`) stays where nothing else is faster, and with
+    `schedule.mode = "deterministic"`.
     `overlap_mlp`: with several DiT ranks, the MLP of single-stream blocks runs while q, k, v and the output travel.
     """
 
@@ -97,6 +102,7 @@ class AttentionConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     balance: Literal["heads", "rows", "auto"] = "heads"
     co_processing: Literal["on", "off", "auto"] = "off"
     cfg_parallel: Literal["on", "off"] = "off"
+    ping_pong: Literal["on", "off", "auto"] = "off"
     calibration_cache: str | None = None
     overlap_mlp: bool = True
     text: Literal["auto", "trimmed", "padded"] = "auto"
@@ -267,20 +273,35 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def calibrates(self) -> bool:
         """Whether something about the exchange of heads is to be measured."""
         a = self.attention
-        of_heads = self.groups.dit_ranks > 1 and "auto" in (a.heads_per_chunk, a.balance)
-        return self._may_measure and (of_heads or (a.co_processing == "auto" and bool(self.helper_sets)))
+        of_heads = self.groups.dit_ranks > 1 and "auto" in (a.heads_per_chunk, a.balance, a.ping_pong)
+        helped = bool(self.helper_sets) and "auto" in (a.co_processing, a.ping_pong)
+        return self._may_measure and (of_heads or helped)
 
     @property
     def _may_measure(self) -> bool:
-        """Deterministic runs depend on no timing, a ring leaves nothing to choose, and halves are not measured."""
+        """Deterministic runs depend on no timing, and a ring leaves nothing to choose."""
+        return self.schedule.mode == "fast" and self.attention.strategy in ("ulysses", "usp")
+
+    def guidance(self, evaluations: int) -> Guidance:
+        """How a request whose steps have so many evaluations is evaluated."""
         a = self.attention
-        return self.schedule.mode == "fast" and a.strategy in ("ulysses", "usp") and a.cfg_parallel == "off"
+        if evaluations != 2:
+            return "none"
+        if a.cfg_parallel == "on":
+            return "halves"
+        measured = a.ping_pong == "auto" and self._may_measure
+        return "pair" if a.ping_pong == "on" or measured else "none"
+
+    def members(self, guidance: Guidance) -> int:
+        """DiT ranks that share a sequence which is evaluated so."""
+        return self.groups.dit_ranks // 2 if guidance == "halves" else self.groups.dit_ranks
 
     @property
     def text_trimmed(self) -> bool:
         """Whether padded text tokens are dropped before the DiT."""
         if self.attention.text == "auto":
-            return self.groups.dit_ranks > 1 or self.model.family == "open-sora-plan"
+            several = self.groups.dit_ranks > 1 and self.attention.strategy != "xfuser"
+            return several or self.model.family == "open-sora-plan"
         return self.attention.text == "trimmed"
 
     def spec(self) -> VideoSpec:
@@ -404,6 +425,26 @@ def _check_attention(config: Config) -> None:
         raise ConfigError(
             f"attention.ulysses_degree={a.ulysses_degree} must divide the {half} ranks of each half of the DiT group "
             f"with attention.cfg_parallel='on', nearest is {near}"
+        )
+    if a.ping_pong == "on":
+        for path, value, wrong, why in (
+            ("attention.cfg_parallel", a.cfg_parallel, "on", "gives each half of the DiT group one branch"),
+            ("attention.strategy", a.strategy, "xfuser", "waits for each of its exchanges"),
+        ):
+            if value == wrong:
+                raise ConfigError(
+                    f"attention.ping_pong={a.ping_pong!r} has nothing to do where {path}={value!r} {why}, "
+                    "nearest is 'off'"
+                )
+        if ranks == 1 and not config.helper_sets:
+            raise ConfigError(
+                f"attention.ping_pong={a.ping_pong!r} has nothing to do with groups.dit_ranks=1 and no helpers: no "
+                "attention travels, nearest is 'off'"
+            )
+    if a.strategy == "xfuser" and a.text == "trimmed" and ranks > 1:
+        raise ConfigError(
+            "attention.text='trimmed' leaves as many tokens as the prompt has, which need not divide by the ranks as "
+            "attention.strategy='xfuser' needs; nearest is 'padded'"
         )
     if a.strategy == "xfuser" and a.cfg_parallel == "on":
         raise ConfigError("attention.cfg_parallel='on' cannot go with attention.strategy='xfuser', nearest is 'off'")

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from videopipe.arrangement import Arrangement, Calibration, Rules, Shape
+from videopipe.arrangement import Arrangement, Calibration, Guidance, Rules, Shape
 from videopipe.records import VideoRequest
 from videopipe.trace import Span
 
@@ -51,10 +51,14 @@ class RunStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class PrepareAssist(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To a VAE rank: steps of this request may want its help. `text_masks`: 0 and 1 for each text token, by branch."""
+    """To a VAE rank: steps of this request may want its help.
+
+    `text_masks`: 0 and 1 for each text token, by branch. `recorded`: its steps are recorded.
+    """
 
     request: VideoRequest
     text_masks: tuple[bytes, ...]
+    recorded: bool = False
 
 
 class AssistStep(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -74,9 +78,13 @@ class Calibrate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Arrange(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """To DiT ranks and helpers: sequences of so many video tokens are laid out in these ways from now on."""
+    """To DiT ranks and helpers: sequences of so many video tokens are laid out in these ways from now on.
+
+    Those of evaluations that are guided so.
+    """
 
     num_video: int
+    guidance: Guidance
     arrangements: tuple[Arrangement, ...]
 
 
