@@ -88,7 +88,8 @@ class Assistant:
     def step(self, request: str, helpers: tuple[int, ...]) -> None:
         """Take part in every attention layer of one step.
 
-        Two halves of the DiT group are helped in turn, layer by layer: one computes what is not attention meanwhile.
+        Two halves of the DiT group are helped at the same time, layer by layer: what each sends is received before this
+        rank attends for the one and then for the other, so that neither waits until the other has its output.
         """
         assisted = self._requests[request]
         layouts = self._layouts.get((request, helpers))
@@ -100,18 +101,16 @@ class Assistant:
             ]
             self._layouts[request, helpers] = layouts
         nothing = self._nothing.expand(assisted.rows, -1, -1, -1)
-        if layouts[0].in_turns and not assisted.recorded:
+        if assisted.guidance == "halves" or (layouts[0].in_turns and not assisted.recorded):
             first, second = (layout.attention for layout in layouts)
             for kernel in self._kernels:
                 run_calls_in_turns(first.begin(kernel), second.begin(kernel), nothing)
             return
         if assisted.guidance == "pair" and self.branches_as_rows:
             layouts, nothing = layouts[:1], self._nothing.expand(2 * assisted.rows, -1, -1, -1)
-        order = [(layout, kernel) for layout in layouts for kernel in self._kernels]
-        if assisted.guidance == "halves":
-            order = [(layout, kernel) for kernel in self._kernels for layout in layouts]
-        for layout, kernel in order:
-            run_call(layout.attention.begin(kernel), nothing, nothing, nothing)
+        for layout in layouts:
+            for kernel in self._kernels:
+                run_call(layout.attention.begin(kernel), nothing, nothing, nothing)
 
     def views(self, guidance: Guidance) -> Sequence[SequenceParallel]:
         """Who lays out the evaluations that this rank helps."""

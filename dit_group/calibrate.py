@@ -93,7 +93,7 @@ class _Session:
         plain = self._rules.plain
         linear = self._work.nothing() if self._is_helper else self._work.linear()
         self._linear_s = self._median(self._watch.time([linear], PART_ROUNDS))[0]
-        plain_s = self._seconds([self._layer(plain)], 2)[0][1]  # the first time warms up
+        plain_s = self._seconds([plain], [self._layer(plain)], 2)[0][1]  # the first time warms up
         exchange = self._watch.time([self._taking_part(plain, self._work.exchange)], PART_ROUNDS)
         self._transfer_s = self._median(exchange)[0] / (4 * self._evaluations)  # v, k, q and the output
         self._budget_s *= min(MOST_BUDGETS, plain_s / FULL_BUDGET_LAYER_S)
@@ -159,8 +159,8 @@ class _Session:
             return reference
         pair = (reference, best)
         runs = [self._layer(way) for way in pair]
-        round_s = 2 * self._timings[reference].layer_s[0] * len(self._weights)
-        seconds_of = self._seconds(runs, _rounds(self._budget_s / 6, round_s))
+        round_s = sum(self._work.layers_in_a_run(way) for way in pair) * self._timings[reference].layer_s[0]
+        seconds_of = self._seconds(pair, runs, _rounds(self._budget_s / 6, round_s * len(self._weights)))
         again = [Timing(arrangement=way, layer_s=s, ratios=()) for way, s in zip(pair, seconds_of, strict=True)]
         return fastest(again[0], again[1:]).arrangement
 
@@ -175,9 +175,10 @@ class _Session:
         for index, way in enumerate(ways):
             if index < 2 or way == keep or (1 + MIN_ROUNDS) * round_s * (index + 1) / index < budget_s:
                 runs[way] = self._layer(way)
-                round_s += self._seconds([runs[way]], 1)[0][0] * len(self._weights)
+                layers = self._work.layers_in_a_run(way) * len(self._weights)
+                round_s += self._seconds([way], [runs[way]], 1)[0][0] * layers
         kept = list(runs)
-        seconds_of = dict(zip(kept, self._seconds(list(runs.values()), _rounds(budget_s, round_s)), strict=True))
+        seconds_of = dict(zip(kept, self._seconds(kept, list(runs.values()), _rounds(budget_s, round_s)), strict=True))
         attention = self._watch.time([self._taking_part(way, self._work.attention) for way in kept], PART_ROUNDS)
         exchange = self._watch.time([self._taking_part(way, self._work.exchange) for way in kept], PART_ROUNDS)
         members, helpers = attention[: self._num_dit], attention[self._num_dit :]
@@ -212,9 +213,12 @@ class _Session:
         count = share * self._evaluations
         return [float(s) / count for s in (seconds[:, :, 0] @ self._weights).median(dim=1).values]
 
-    def _seconds(self, runs: Sequence[Sequence[Run | None]], rounds: int) -> list[tuple[float, ...]]:
-        """Seconds of a mean layer on the slowest member, by way and round."""
-        slowest = self._watch.time(runs, rounds).amax(dim=0) @ self._weights  # [rounds, ways]
+    def _seconds(
+        self, ways: Sequence[Arrangement], runs: Sequence[Sequence[Run | None]], rounds: int
+    ) -> list[tuple[float, ...]]:
+        """Seconds of a mean layer on the slowest member, by way and round, where these are their runs."""
+        layers = torch.tensor([self._work.layers_in_a_run(way) for way in ways])
+        slowest = self._watch.time(runs, rounds).amax(dim=0) @ self._weights / layers  # [rounds, ways]
         return [tuple(row) for row in slowest.T.tolist()]
 
     def _median(self, seconds: Tensor) -> list[float]:

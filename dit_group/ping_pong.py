@@ -145,6 +145,8 @@ class CallInTurns:
 def run_calls_in_turns(first: AttentionCall, second: AttentionCall, nothing: Tensor) -> None:
     """One layer of both evaluations for a helper, in the order in which members make the same calls.
 
+    Also where two halves of the DiT group run one each, at the same time: each has a group of its own.
+
     Args:
         nothing: [B, 0, N, D], since a helper has no tokens.
     """

@@ -22,6 +22,12 @@ from dit_group.stopwatch import Run
 from videopipe.arrangement import Arrangement, Guidance, Shape
 from videopipe.runtime import synchronize
 
+LAYERS_IN_TURNS = 4
+"""Of branches that take turns so many layers are run at once, one behind the other.
+
+In the first one a helper has nothing to do while the first branch is projected, which happens once in a whole model.
+"""
+
 
 @runtime_checkable
 class Part(Protocol):
@@ -141,13 +147,17 @@ class Workload:
         return [None] * len(self._layers)
 
     def layer(self, way: Arrangement) -> list[Run | None]:
-        """The whole layer, of all branches that this member evaluates."""
-        return self._in(self._lay_out(way), way.in_turns)
+        """The whole layer, of all branches that this member evaluates; or some layers, see `layers_in_a_run`."""
+        return self._in(self._lay_out(way), way.in_turns or len(self._views) > 1, self.layers_in_a_run(way))
+
+    def layers_in_a_run(self, way: Arrangement) -> int:
+        """How many layers one run of `layer` has."""
+        return LAYERS_IN_TURNS if way.in_turns else 1
 
     def linear(self) -> list[Run | None]:
         """The layer without attention and exchange."""
         layouts = self._lay_out(Arrangement())
-        return self._in([replace(layout, attention=_Still(self._device)) for layout in layouts], in_turns=False)
+        return self._in([replace(layout, attention=_Still(self._device)) for layout in layouts], False, 1)
 
     def attention(self, way: Arrangement) -> list[Run | None]:
         """The kernel alone, on this member's heads, chunk by chunk."""
@@ -187,7 +197,9 @@ class Workload:
         found = [view.lay_out_as(way, self._shape.num_video, self._shape.num_text) for view in self._views]
         return found * 2 if self._pair else found
 
-    def _in(self, layouts: Sequence[Layout], in_turns: bool) -> list[Run | None]:
+    def _in(self, layouts: Sequence[Layout], in_turns: bool, count: int) -> list[Run | None]:
+        """So many layers in these layouts, in turns as `run_calls_in_turns` on a helper, or one after the other."""
+
         def use_and_run(layout: Layout, layer: Run) -> object:
             self._parallel.use(layout)
             return layer()
@@ -196,7 +208,8 @@ class Workload:
             return [partial(use_and_run, layouts[0], batch) for batch in self._batches]
         runs: list[Run | None] = []
         for layer in self._layers:
-            each = [partial(use_and_run, layout, layer) for layout in layouts]
+            chain = partial(_run_all, [layer] * count)
+            each = [partial(use_and_run, layout, chain) for layout in layouts]
             runs.append(
                 partial(self._parallel.in_turns, each, (), self._device) if in_turns else partial(_run_all, each)
             )

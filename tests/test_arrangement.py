@@ -4,6 +4,7 @@ import random
 import statistics
 from dataclasses import dataclass
 
+import msgspec
 import pytest
 
 from videopipe.arrangement import (
@@ -46,6 +47,8 @@ class Machine:
             assist = max(helped) * self.assist_s + self.reach_s * sum(helped)
         chunks = 1 if way.heads_per_chunk is None else -(-int(own) // way.heads_per_chunk)
         attend, move = own * self.attend_s, own * 4 * self.move_s
+        if way.in_turns:  # what travels and what helpers do is hidden under everything that a DiT rank computes
+            return max(self.linear_s + attend, move, assist)
         pipelined = max(attend, move) + min(attend, move) / chunks
         return self.linear_s + max(pipelined, assist) + chunks * self.start_s
 
@@ -64,7 +67,8 @@ class Machine:
     def helped(self, rules: Rules, helpers: tuple[int, ...]) -> Arrangement:
         """The choice with these helpers, or without if they do not pay."""
         alone = self.alone(rules)
-        ways = ways_with_helpers(rules, alone, helpers, self.attend_s, [self.assist_s] * len(helpers))
+        speeds = [self.assist_s] * len(helpers)
+        ways = ways_with_helpers(rules, alone, helpers, self.attend_s, speeds, self.linear_s)
         timings = self.timings(rules, (alone, *ways), seed=1)
         return fastest(timings[0], timings[1:]).arrangement
 
@@ -120,6 +124,21 @@ def test_a_helper_pays_by_its_speed() -> None:
     assert Machine(move_s=0.00001, assist_s=0.2).helped(rules, (7,)).helpers == ()
     far = Machine(reach_s=0.2)  # a helper's heads travel so long that they come back too late
     assert far.helped(rules, (7,)).helpers == ()
+
+
+def test_branches_take_turns_where_that_hides_something() -> None:
+    pair = Rules(num_heads=24, members=4, choose_chunks=True, in_turns=None, helper_sets=((4,),), choose_helpers=True)
+    assert Machine(move_s=0.004).alone(pair).in_turns
+    assert not Machine(move_s=0.000001).alone(pair).in_turns
+    assert not any(way.in_turns for way in ways_without_helpers(msgspec.structs.replace(pair, in_turns=False)))
+    assert all(way.in_turns for way in ways_without_helpers(msgspec.structs.replace(pair, in_turns=True)))
+    # a helper then has the time of the linear layers as well, and gets more heads
+    at_once = Machine(move_s=0.000001, reach_s=0.000001, linear_s=0.06)
+    helped = at_once.helped(pair, (4,))
+    counts = helped.head_counts
+    assert helped.in_turns and counts is not None and counts[4] > share_heads(24, 4, 1.0, [1.0])[0]
+    assert counts[4] * 0.010 <= 0.06 + max(counts[:4]) * 0.010 + 0.010  # and none that the others wait for
+    assert share_heads(24, 4, 0.01, [0.01], 0.06) == (counts[4],)
 
 
 def test_shares_that_relieve_nobody_are_not_tried() -> None:
@@ -188,6 +207,7 @@ def test_of_equal_winners_the_simplest_is_taken() -> None:
             "all heads at once, rank 7 helps with 3 heads, theirs first",
         ),
         (Arrangement(helpers=(6, 7)), "all heads at once, ranks 6, 7 help with equal shares"),
+        (Arrangement(in_turns=True), "all heads at once, branches in turns"),
     ],
 )
 def test_ways_are_told_in_words(way: Arrangement, text: str) -> None:

@@ -59,10 +59,11 @@ class SleepyPart:
     per_call_s: float = 0.0
     projection_s: float = 0.0
 
+    halves: tuple[SequenceParallel, ...] = ()  # that this rank is in, or helps
     branches_as_rows = False
 
     def views(self, guidance: Guidance) -> tuple[SequenceParallel, ...]:
-        return (self.parallel,)
+        return self.halves if guidance == "halves" else (self.parallel,)
 
     @property
     def layer_kinds(self) -> tuple[tuple[int, int], ...]:
@@ -75,7 +76,7 @@ class SleepyPart:
         def run() -> Tensor:
             call = self.parallel.begin(self._kernel)
             for send in (call.value, call.key, call.query):
-                time.sleep(self.projection_s)
+                time.sleep(self.projection_s if self.leads else 0)
                 send(x)
             call.attend()
             return call.output()
@@ -152,6 +153,57 @@ def test_a_slow_helper_is_not_lent() -> None:
 def test_leftover_heads_are_divided_where_that_is_faster() -> None:
     found = measured(3, 2, 0.060, ())
     assert found.chosen[0].balance == "rows"  # 1.5 heads each in place of 2 and 1
+
+
+def measure_guided(runtime: Runtime, guidance: Guidance, member_s: float, helper_s: float, projection_s: float) -> Any:
+    """Two sleepy DiT ranks and a helper of 6 heads, which evaluate two branches."""
+    me, halves = runtime.rank, []
+    common: dict[str, Any] = {"num_heads": 6, "rank": me}
+    everybody = {(2,): dist.new_group([0, 1, 2])}
+    parallel = SequenceParallel(
+        group=runtime.exchange_group, member=runtime.dit_member, members=2, assist_groups=everybody, **common
+    )
+    for rank in (0, 1):
+        group = dist.new_group([rank, 2])
+        if me in (rank, 2):
+            member = 0 if me == rank else None
+            halves.append(SequenceParallel(group=None, member=member, members=1, assist_groups={(2,): group}, **common))
+    seconds = helper_s if me == 2 else member_s
+    part = SleepyPart(parallel, seconds, leads=me != 2, projection_s=projection_s, halves=tuple(halves))
+    rules = Rules(
+        num_heads=6, members=1 if guidance == "halves" else 2, helper_sets=((2,),), choose_helpers=True,
+        in_turns=None if guidance == "pair" else False,
+    )  # fmt: skip
+    shape = Shape(num_video=40, num_text=4, guidance=guidance)
+    found = calibrate(part, replace(runtime, assist_groups=everybody), shape, rules, budget_s=5.0)
+    leave(runtime)
+    return msgspec.to_builtins(found)
+
+
+def guided_times(guidance: Guidance, member_s: float, helper_s: float, projection_s: float) -> Calibration:
+    arguments = (guidance, member_s, helper_s, projection_s)
+    answers = run_ranks(measure_guided, 3, *arguments, dit_ranks=(0, 1), timeout=120)
+    assert all(answer == answers[0] for answer in answers[1:])
+    return msgspec.convert(answers[0], Calibration)
+
+
+def test_a_helper_gets_more_heads_where_branches_take_turns() -> None:
+    """One after the other each takes 30 + 30 ms, with help 30 + 20; in turns 30 + 10: the helper has 4 of 6 heads."""
+    found = guided_times("pair", 0.010, 0.010, 0.010)
+    assert found.chosen[0].helpers == () and found.chosen[-1].helpers == (2,)
+    assert found.linear_s >= 2 * 0.030  # of both branches
+    ratios = {t.arrangement.head_counts: t.ratio for t in found.timings if t.arrangement.in_turns}
+    assert ratios[1, 1, 4] < 0.95 * ratios[None], ratios
+
+
+def test_a_helper_of_halves_is_judged_by_both_of_them() -> None:
+    """A half has 6 heads of 20 ms; a head of both takes the helper 8 ms or 140."""
+    quick = guided_times("halves", 0.020, 0.004, 0.0)
+    assert quick.chosen[-1].helpers == (2,) and quick.chosen[-1].head_counts is not None
+    assert 0.120 <= min(quick.timings[0].layer_s) < 0.240  # both at the same time, with help as well
+    helped = next(timing for timing in quick.timings if timing.arrangement == quick.chosen[-1])
+    assert helped.ratio < 0.75
+    assert [way.helpers for way in guided_times("halves", 0.020, 0.070, 0.0).chosen] == [()]
 
 
 @pytest.mark.parametrize("projection_s", [0.0, 0.1])

@@ -324,6 +324,32 @@ def same_bits(runtime: Runtime, hunyuan_path: str, osp_path: str) -> int:
     return compared
 
 
+def test_what_is_arranged_decides_whether_branches_take_turns(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = Runtime(rank=0, world_size=1, device=CPU, dit_ranks=(0,))
+    settings = {"groups": {"dit_ranks": 1}, "attention": {"ping_pong": "auto", "text": "trimmed"}}
+    config = load_config({"model": {"weights": str(tiny_checkpoint)}, **settings})
+    denoiser, run, turns = HunyuanVideoDenoiser(Checkpoint(str(tiny_checkpoint)), config, alone), Turns.run, []
+    assert denoiser.parallel is not None
+
+    def counted(self: Turns[Tensor], *both: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        turns.append(self)
+        return run(self, *both)
+
+    monkeypatch.setattr(Turns, "run", counted)
+    found = []
+    for in_turns in (False, True):
+        denoiser.parallel.arrange(30, [Arrangement(in_turns=in_turns)], "pair")
+        denoiser.parallel.arrange(30, [Arrangement(in_turns=not in_turns)], "none")  # of requests with one branch
+        found.append(finish(start_hunyuan(denoiser, GUIDED)))
+        assert len(turns) == (2 if in_turns else 0)  # one for each step
+    assert torch.equal(*found)
+    with denoiser.observe(lambda name, tensor: None, 0):
+        assert torch.equal(finish(start_hunyuan(denoiser, GUIDED)), found[0])
+    assert len(turns) == 2  # steps that are recorded do without
+
+
 @pytest.fixture(scope="module")
 def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 heads."""
