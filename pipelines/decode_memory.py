@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from pipelines.hunyuan_video_exact import exact_decode
+from pipelines.hunyuan_video_exact_plan import decode_plans
 from pipelines.hunyuan_video_tiles import hunyuan_tiled, tile_settings
 from pipelines.models.wf_vae import DEFAULT_DECODE_CHUNK, STRIDE_T, WFVAEModel
 from pipelines.vae_memory import hunyuan_tiled_bytes, wf_vae_chunk_bytes
@@ -37,6 +40,30 @@ def hunyuan_within(vae: Any, decode: DecodeConfig) -> PartDecoder:
         for tiles in smaller_tiles(first, max(latent[1:]) * vae.spatial_compression_ratio):
             peak = hunyuan_tiled_bytes(vae.config, latent, tiles, team.members, latents.element_size())
             settings.append(Setting(name=describe(tiles), peak_bytes=peak, decoder=hunyuan_tiled(vae, tiles)))
+        return decode_within(settings, latents, team, decode.memory_limit)
+
+    return decode_clip
+
+
+def hunyuan_exactly_within(vae: Any, decode: DecodeConfig) -> PartDecoder:
+    """Decodes as `vae.decode` would without tiles; in little memory more is computed twice, with the same result.
+
+    Args:
+        vae: an `AutoencoderKLHunyuanVideo`.
+    Raises:
+        ValueError: by the call, too little memory for the least that can be held.
+    """
+
+    def decode_clip(latents: Tensor, team: Team) -> Iterator[Part]:
+        T, H, W = latents.shape[2:]
+        settings = [
+            Setting(
+                name=plan.describe(),
+                peak_bytes=plan.peak_bytes,
+                decoder=from_the_start(partial(exact_decode, vae, plan=plan)),
+            )
+            for plan in decode_plans(vae.config, (T, H, W), team.members, latents.element_size())
+        ]
         return decode_within(settings, latents, team, decode.memory_limit)
 
     return decode_clip

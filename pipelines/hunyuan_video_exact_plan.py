@@ -53,6 +53,12 @@ class ExactPlan:
     peak_bytes: int
     flops: int
 
+    def describe(self) -> str:
+        """In words: each stage's level, and how many frames of its input it takes at a time."""
+        levels = " ".join(str(int(stage.level)) for stage in self.stages)
+        frames = " ".join(str(stage.frames) for stage in self.stages)
+        return f"exact, levels {levels}, slabs of {frames} frames"
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageShape:
@@ -99,9 +105,24 @@ def plan_decode(
     Raises:
         ValueError: nothing fits into the room; the least that is needed is named.
     """
-    T, H, W = latents
-    stages = _sized(decoder_stages(config), (T, split_evenly(H, members)[0], W), H)
+    stages = _decoded(config, latents, members)
     return _plan("decode", stages, config["out_channels"], members, itemsize, memory_bytes, levels)
+
+
+def decode_plans(
+    config: Mapping[str, Any], latents: tuple[int, int, int], members: int, itemsize: int
+) -> list[ExactPlan]:
+    """All plans of a clip that are worth taking: the fastest, then ever slower ones that need ever less.
+
+    The first of them that fits into some room is the one that `plan_decode` would choose for it.
+    """
+    stages = _decoded(config, latents, members)
+    plans = _plans(stages, config["out_channels"], members, itemsize, None)
+    worth: list[ExactPlan] = []
+    for plan in sorted(plans, key=lambda plan: plan.flops):  # stable: among equals those with the largest slabs first
+        if not worth or plan.peak_bytes < worth[-1].peak_bytes:
+            worth.append(plan)
+    return worth
 
 
 def plan_encode(
@@ -159,6 +180,12 @@ def encoder_stages(config: Mapping[str, Any]) -> list[StageShape]:
     return [*stages, StageShape(entry=entry, stride=stride, resnets=last, attention=attention)]
 
 
+def _decoded(config: Mapping[str, Any], latents: tuple[int, int, int], members: int) -> list[StageShape]:
+    """The decoder's resolutions for the rank with the most rows."""
+    T, H, W = latents
+    return _sized(decoder_stages(config), (T, split_evenly(H, members)[0], W), H)
+
+
 def _sized(shapes: Sequence[StageShape], source: tuple[int, int, int], height: int) -> list[StageShape]:
     stages = []
     for shape in shapes:
@@ -176,6 +203,21 @@ def _plan(
     memory_bytes: int | None,
     levels: Sequence[Level] | None,
 ) -> ExactPlan:
+    plans = _plans(stages, out, members, itemsize, levels)
+    fitting = [plan for plan in plans if memory_bytes is None or plan.peak_bytes <= memory_bytes]
+    if not fitting:
+        least = min(plan.peak_bytes for plan in plans)
+        raise ValueError(
+            f"memory_bytes={memory_bytes} is too little to {name} this clip exactly on {members} ranks, "
+            f"nearest is {least}"
+        )
+    return min(fitting, key=lambda plan: plan.flops)  # among equals the first, with the largest slabs
+
+
+def _plans(
+    stages: Sequence[StageShape], out: int, members: int, itemsize: int, levels: Sequence[Level] | None
+) -> list[ExactPlan]:
+    """A plan for each size of slab and each choice of levels, or for these levels."""
     plans = []
     choices = list(product(*([Level.HOLD] if stage.attention else list(Level) for stage in stages)))
     for slab_bytes in SLAB_BYTES:
@@ -188,14 +230,7 @@ def _plan(
                     flops=_flops(stages, chosen, out),
                 )
             )
-    fitting = [plan for plan in plans if memory_bytes is None or plan.peak_bytes <= memory_bytes]
-    if not fitting:
-        least = min(plan.peak_bytes for plan in plans)
-        raise ValueError(
-            f"memory_bytes={memory_bytes} is too little to {name} this clip exactly on {members} ranks, "
-            f"nearest is {least}"
-        )
-    return min(fitting, key=lambda plan: plan.flops)  # among equals the first, with the largest slabs
+    return plans
 
 
 def _slab_frames(stage: StageShape, slab_bytes: int, itemsize: int) -> int:

@@ -35,14 +35,12 @@ from dit_group.plan import Place, Shard, apply_plan
 from dit_group.record import Keep, observing
 from dit_group.shards import exchange_branches, gather_latents
 from pipelines.checkpoint import Checkpoint, CheckpointError
-from pipelines.decode_memory import hunyuan_within
+from pipelines.decode_memory import hunyuan_exactly_within, hunyuan_within
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import has_second_branch, latent_geometry
-from pipelines.hunyuan_video_exact import hunyuan_exact
 from pipelines.parallel import both_halves, decode_team, own_half, sequence_parallel
 from vae_group.decode import to_frames
-from vae_group.memory import bytes_at_hand, bytes_needed
-from vae_group.team import Part, PartDecoder, Team
+from vae_group.team import Part, PartDecoder
 from videopipe.arrangement import Shape
 from videopipe.config import Config, DecodeConfig
 from videopipe.records import VideoRequest
@@ -537,9 +535,4 @@ class HunyuanVideoDecoder:
 
 def part_decoder(vae: AutoencoderKLHunyuanVideo, decode: DecodeConfig) -> PartDecoder:
     """What decodes a clip in the configured way; without `exact` with the numbers of `vae.decode` in every mode."""
-
-    def exactly(latents: Tensor, team: Team) -> Iterator[Part]:
-        room = bytes_at_hand(latents.device, decode.memory_limit, team)
-        return hunyuan_exact(vae, room // bytes_needed(1, latents.device))(latents, team)
-
-    return exactly if decode.exact else hunyuan_within(vae, decode)
+    return hunyuan_exactly_within(vae, decode) if decode.exact else hunyuan_within(vae, decode)

@@ -23,7 +23,7 @@ from pipelines.checkpoint import Checkpoint
 from pipelines.families import Assistant, TextEncoder, load_family
 from pipelines.faults import TRANSFERS
 from pipelines.launch import RankSpec
-from vae_group.retry import TeamOutOfMemoryError
+from vae_group.retry import TeamOutOfMemoryError, is_out_of_memory
 from vae_group.worker import VaeWorker
 from videopipe.control import ControlClient
 from videopipe.messages import (
@@ -100,7 +100,7 @@ def run_rank(spec: RankSpec) -> int:
             stage="idle" if current is None else current.stage,
             request=None if current is None else current.request,
             step=None if current is None else current.step,
-            out_of_memory=is_out_of_memory(error),
+            out_of_memory=isinstance(error, TeamOutOfMemoryError) or is_out_of_memory(error),
         )
         client.send(Envelope(message=failure, spans=tuple(recorder.drain())))
         return 1
@@ -108,13 +108,6 @@ def run_rank(spec: RankSpec) -> int:
         beat.stop()
         client.close()
     return 0
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out: on the device, in Python, or in torch's CPU allocator."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError, TeamOutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def _join(spec: RankSpec, device: torch.device) -> Runtime:

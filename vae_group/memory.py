@@ -22,6 +22,10 @@ UNUSABLE = 0.05
 """Share of a GPU's free memory that the allocator loses to fragments."""
 
 
+SMALLER = 0.75
+"""Once memory has run out, at most this share of it is tried: a little less would run out as well."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """One way to decode a clip: in words, the most bytes of tensors alive at once (weights aside), the decoder."""
@@ -70,8 +74,16 @@ def choose(settings: Sequence[Setting], room: int, device: torch.device) -> int:
     )
 
 
+def smaller(settings: Sequence[Setting], chosen: int) -> Setting | None:
+    """What to go on with when memory has run out: the first that needs much less, else the least; None for nothing."""
+    had = settings[chosen].peak_bytes
+    less = [setting for setting in settings[chosen + 1 :] if setting.peak_bytes < had]
+    much_less = [setting for setting in less if setting.peak_bytes <= SMALLER * had]
+    return much_less[0] if much_less else min(less, key=lambda s: s.peak_bytes, default=None)
+
+
 def decode_within(settings: Sequence[Setting], latents: Tensor, team: Team, limit: int) -> Iterator[Part]:
-    """Decode with the first setting that fits, and once more with the next one if memory runs out all the same.
+    """Decode with the first setting that fits, and once more with a smaller one if memory runs out all the same.
 
     Whenever it is not the first, a warning in the log says so. Each part tells the setting it comes from.
 
@@ -93,9 +105,9 @@ def decode_within(settings: Sequence[Setting], latents: Tensor, team: Team, limi
             room / 1e9,
         )
     decoder = _telling(settings[chosen])
-    if chosen + 1 < len(settings):
-        smaller = settings[chosen + 1]
-        decoder = with_retry(decoder, _telling(smaller), f"{smaller.name} instead of {settings[chosen].name}")
+    second = smaller(settings, chosen)
+    if second is not None:
+        decoder = with_retry(decoder, _telling(second), f"{second.name} instead of {settings[chosen].name}")
     yield from decoder(latents, team)
 
 
