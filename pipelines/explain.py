@@ -9,8 +9,9 @@ import torch
 from pipelines import explain_calibration
 from pipelines.calibration import Choice
 from pipelines.checkpoint import Checkpoint, CheckpointUnreachableError
-from pipelines.engine import describe_plan, make_topology
+from pipelines.engine import make_topology
 from pipelines.families import Family, ModelFacts, load_family
+from pipelines.side_car import describe_plan
 from videopipe.arrangement import Calibration
 from videopipe.config import Config, to_toml
 from videopipe.geometry import TokenGrid, VideoSpec

@@ -4,11 +4,12 @@ The parts that ranks load (diffusers and transformers) are in `pipelines.hunyuan
 configuration needs neither.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint, CheckpointError
+from pipelines.decode_choices import Choice, Latent, hunyuan_exact_choices, hunyuan_settings, hunyuan_tile_choices
 from pipelines.families import (
     Assistant,
     FamilyLayout,
@@ -19,6 +20,7 @@ from pipelines.families import (
     part_dtype,
 )
 from pipelines.pipeline import VideoPipeline
+from vae_group.tiles import TileSettings
 from vae_group.worker import Decoder
 from videopipe.config import Config
 from videopipe.geometry import LatentGeometry
@@ -137,6 +139,15 @@ class HunyuanVideo:
             counts["denoiser"] -= modulation_parameters({} if checkpoint is None else checkpoint.json(DIT_CONFIG))
         sizes = {p: None if n is None else n * part_dtype(config, p).itemsize for p, n in counts.items()}
         return sizes, source
+
+    def decode_choices(self, vae: Mapping[str, Any], config: Config, latent: Latent) -> Iterator[Choice[Any]]:
+        """In tiles, or by plans of the exact decode."""
+        members, item_bytes = len(config.decode_teams[0]), part_dtype(config, "decoder").itemsize
+        if config.decode.exact:
+            return hunyuan_exact_choices(vae, latent, members, item_bytes)
+        strides = (vae["temporal_compression_ratio"], vae["spatial_compression_ratio"])
+        wanted = hunyuan_settings(TileSettings(**vae["tiles"]), config.decode, *strides)
+        return hunyuan_tile_choices(vae, wanted, latent, members, item_bytes)
 
     def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:
         """None: every layer exchanges by the strategy."""

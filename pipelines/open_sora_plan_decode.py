@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.models.wf_vae import STRIDE_S, WFVAEModel
+from pipelines.models.open_sora_plan_layout import STRIDE_S
+from pipelines.models.wf_vae import WFVAEModel
 from pipelines.models.wf_vae_layers import Downsample, Interpolate, SpatialAttention, TimeDownsample
 from vae_group.halo import gather_rows, neighbour_rows
 from vae_group.retry import together

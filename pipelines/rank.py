@@ -23,7 +23,9 @@ from pipelines.checkpoint import Checkpoint
 from pipelines.families import Assistant, TextEncoder, load_family
 from pipelines.faults import TRANSFERS
 from pipelines.launch import RankSpec
+from vae_group.memory import bytes_at_hand
 from vae_group.retry import TeamOutOfMemoryError, is_out_of_memory
+from vae_group.team import Team
 from vae_group.worker import VaeWorker
 from videopipe.control import ControlClient
 from videopipe.messages import (
@@ -42,6 +44,7 @@ from videopipe.messages import (
     Heartbeat,
     Hello,
     LatentsReady,
+    LoadedDecoder,
     LoadParts,
     PartsLoaded,
     PrepareAssist,
@@ -205,8 +208,8 @@ class _Rank:
         match message:
             case LoadParts():
                 with self._recorder.span("load"):
-                    weights = self._load(message)
-                self.report(PartsLoaded(weight_bytes=weights))
+                    loaded = self._load(message)
+                self.report(loaded)
             case EncodePrompt():
                 with self._recorder.span("encode", request=message.request.id):
                     encoded = self._encode(message, payload)
@@ -271,11 +274,12 @@ class _Rank:
         assert self._dit is not None, "this rank has no DiT"
         return self._dit
 
-    def _load(self, message: LoadParts) -> dict[str, int]:
+    def _load(self, message: LoadParts) -> PartsLoaded:
         config = self._spec.config
         family = load_family(config.model.family)
         checkpoint = Checkpoint(config.model.weights, config.model.revision)
         sizes = {}
+        vae: dict[str, Any] | None = None
         if message.text_encoder:
             self._encoder = family.load_text_encoder(checkpoint, config, self._runtime)
             sizes["text_encoder"] = _weight_bytes(self._encoder)
@@ -288,11 +292,15 @@ class _Rank:
             decoder = family.load_decoder(checkpoint, config, self._runtime)
             self._vae = VaeWorker(self._runtime, self._link, decoder, self._recorder, self.report)
             sizes["decoder"] = _weight_bytes(decoder)
+            vae = decoder.memory_facts()
         if config.helper_sets and not message.denoiser:
             self._assistant = family.load_assistant(checkpoint, config, self._runtime)
             self._part = self._assistant if isinstance(self._assistant, Part) else None
         synchronize(self._runtime.device)
-        return sizes
+        loaded = None
+        if vae is not None:  # with all other parts there
+            loaded = LoadedDecoder(room_bytes=bytes_at_hand(self._runtime.device, 0, Team()), vae=vae)
+        return PartsLoaded(weight_bytes=sizes, decoder=loaded)
 
     def _encode(self, message: EncodePrompt, payload: bytes | None) -> PromptEncoded:
         assert self._encoder is not None, "this rank has no text encoder"

@@ -92,7 +92,7 @@ def wf_vae() -> Case:
         return wfvae_exact(TRILINEAR, chunk)
 
     z = latents(5, 3, 1)
-    decoder = wfvae_within(TRILINEAR, DecodeConfig(), whole=False, decoder=in_chunks)
+    decoder = wfvae_within(TRILINEAR, DecodeConfig(mode="tiles"), in_chunks)
     return Case(decoder, z, TRILINEAR.decode(z).sample)
 
 

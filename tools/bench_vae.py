@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipelines.hunyuan_video_exact_plan import plan_decode
 from pipelines.hunyuan_video_tiles import decode_tile, hunyuan_tiled, tile_settings
-from pipelines.models.wf_vae import DEFAULT_DECODE_CHUNK, WFVAEModel
+from pipelines.models.open_sora_plan_layout import DEFAULT_DECODE_CHUNK
+from pipelines.models.wf_vae import WFVAEModel
 from pipelines.vae_memory import hunyuan_tiled_bytes
 from tools.count_ops import OpCounter
 from vae_group.memory import WORKSPACE

@@ -82,7 +82,9 @@ def smaller(settings: Sequence[Setting], chosen: int) -> Setting | None:
     return much_less[0] if much_less else min(less, key=lambda s: s.peak_bytes, default=None)
 
 
-def decode_within(settings: Sequence[Setting], latents: Tensor, team: Team, limit: int) -> Iterator[Part]:
+def decode_within(
+    settings: Sequence[Setting], latents: Tensor, team: Team, limit: int, *, fixed: bool = False
+) -> Iterator[Part]:
     """Decode with the first setting that fits, and once more with a smaller one if memory runs out all the same.
 
     Whenever it is not the first, a warning in the log says so. Each part tells the setting it comes from.
@@ -90,22 +92,31 @@ def decode_within(settings: Sequence[Setting], latents: Tensor, team: Team, limi
     Args:
         settings: the one that is wanted, then ever smaller ones; the same on every member.
         limit: as for `bytes_at_hand`.
+        fixed: the same numbers in every run. The setting is the first that `limit` allows, whatever is free, and it is
+            not changed on the way.
     Raises:
-        ValueError: no setting fits.
-        TeamOutOfMemoryError: memory ran out twice, or with the smallest setting.
+        ValueError: no setting fits; with `fixed`, not that one.
+        TeamOutOfMemoryError: memory ran out twice, with the smallest setting, or once with a `fixed` one.
     """
-    room = bytes_at_hand(latents.device, limit, team)
-    chosen = choose(settings, room, latents.device)
+    device = latents.device
+    room = bytes_at_hand(device, limit, team)
+    chosen = choose(settings, (limit or sys.maxsize) if fixed else room, device)
+    need = bytes_needed(settings[chosen].peak_bytes, device)
+    if need > room:
+        raise ValueError(
+            f"decode.memory_limit={limit} allows for {settings[chosen].name}, which needs {need} bytes, but {room} are "
+            f"free; schedule.mode='deterministic' takes nothing smaller by itself, nearest is {room}"
+        )
     if chosen:
         log.warning(
             "decoding in %s: %s would need %.2f GB, there are %.2f GB",
             settings[chosen].name,
             settings[0].name,
-            bytes_needed(settings[0].peak_bytes, latents.device) / 1e9,
+            bytes_needed(settings[0].peak_bytes, device) / 1e9,
             room / 1e9,
         )
     decoder = _telling(settings[chosen])
-    second = smaller(settings, chosen)
+    second = None if fixed else smaller(settings, chosen)
     if second is not None:
         decoder = with_retry(decoder, _telling(second), f"{second.name} instead of {settings[chosen].name}")
     yield from decoder(latents, team)
