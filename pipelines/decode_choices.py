@@ -8,9 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
+import torch
+
 from pipelines.hunyuan_video_exact_plan import ExactPlan, decode_plans
 from pipelines.models.open_sora_plan_layout import DEFAULT_DECODE_CHUNK, STRIDE_T
 from pipelines.vae_memory import hunyuan_tiled_bytes, wf_vae_chunk_bytes
+from vae_group.memory import bytes_needed
 from vae_group.tiles import TileSettings
 from videopipe.config import DecodeConfig
 
@@ -36,12 +39,18 @@ How = TypeVar("How", TileSettings, ExactPlan, int)
 class Choice(Generic[How]):
     """One way: in words, the most bytes of tensors alive at once on any member (weights aside), and what it is.
 
-    `how` are tiles, the plan of an exact decode, or the latent frames in a chunk.
+    `how` are tiles, the plan of an exact decode, or the latent frames in a chunk. `at_work_bytes` as in
+    `vae_group.memory.Setting`.
     """
 
     name: str
     peak_bytes: int
     how: How
+    at_work_bytes: int | None = None
+
+    def needs(self, device: torch.device) -> int:
+        """Bytes that must be free on a device."""
+        return bytes_needed(self.peak_bytes, device, self.at_work_bytes)
 
 
 def hunyuan_tile_choices(
@@ -67,7 +76,7 @@ def hunyuan_exact_choices(
     Arguments as for `hunyuan_tile_choices`.
     """
     for plan in decode_plans(vae, latent, members, item_bytes):
-        yield Choice(name=plan.describe(), peak_bytes=plan.peak_bytes, how=plan)
+        yield Choice(name=plan.describe(), peak_bytes=plan.peak_bytes, how=plan, at_work_bytes=plan.at_work_bytes)
 
 
 def wf_vae_choices(

@@ -55,6 +55,7 @@ def hunyuan_exactly_within(vae: Any, decode: DecodeConfig, *, fixed: bool = Fals
                 name=choice.name,
                 peak_bytes=choice.peak_bytes,
                 decoder=from_the_start(partial(exact_decode, vae, plan=choice.how)),
+                at_work_bytes=choice.at_work_bytes,
             )
             for choice in choices
         ]

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from pipelines.decode_choices import Choice, Latent
-from vae_group.memory import bytes_needed
 from videopipe.config import Config
 from videopipe.geometry import LatentGeometry, VideoSpec, nearest_multiple
 from videopipe.records import VideoRequest
@@ -53,7 +52,7 @@ class DecodeRoom:
         if latent in self._fitting or self._fits(latent):
             self._fitting.add(latent)
             return
-        needs = [(self._need(choice), choice.name) for choice in self._choices(latent)]
+        needs = [(choice.needs(self._device), choice.name) for choice in self._choices(latent)]
         least, name = min(needs)
         clip = f"{request.id!r}, {spec.num_frames} frames of {spec.height}x{spec.width} px"
         if least > self._limit and least <= self._free:
@@ -104,10 +103,7 @@ class DecodeRoom:
         return frames, rows, cols
 
     def _fits(self, latent: Latent) -> bool:
-        needs = (self._need(choice) for choice in self._choices(latent))
+        needs = (choice.needs(self._device) for choice in self._choices(latent))
         if self._fixed:
             return next((need <= self._free for need in needs if need <= self._limit), False)
         return any(need <= min(self._limit, self._free) for need in needs)
-
-    def _need(self, choice: Choice[Any]) -> int:
-        return bytes_needed(choice.peak_bytes, self._device)

@@ -22,7 +22,7 @@ from pipelines.families import (
 from pipelines.pipeline import VideoPipeline
 from vae_group.tiles import TileSettings
 from vae_group.worker import Decoder
-from videopipe.config import Config
+from videopipe.config import Config, ConfigError
 from videopipe.geometry import LatentGeometry
 from videopipe.records import VideoRequest
 from videopipe.runtime import Runtime
@@ -126,7 +126,13 @@ class HunyuanVideo:
         facts.geometry.check(request.spec, where)
 
     def check_config(self, config: Config) -> None:
-        """Every option of the configuration is for this family."""
+        """Every option of the configuration is for this family; but tiles must meet."""
+        geometry = self.published.facts.geometry
+        tiles = hunyuan_settings(TileSettings(spatial=False), config.decode, geometry.stride_t, geometry.stride_s)
+        try:
+            tiles.check(geometry.stride_t, geometry.stride_s)
+        except ValueError as error:
+            raise ConfigError(f"decode.{error}") from None
 
     def evaluations(self, request: VideoRequest) -> int:
         """2 with a negative prompt and true_cfg_scale above 1, else 1."""

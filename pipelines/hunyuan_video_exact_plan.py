@@ -46,12 +46,14 @@ class ExactPlan:
     """How a clip is decoded or encoded, and what that costs the rank with the most rows.
 
     `peak_bytes` are activations: without weights, without the clip that is given and the result that is taken, and
-    without what a kernel allocates for itself. `flops` count two for each multiplication of convolutions and attention.
+    without what a kernel allocates for itself. `at_work_bytes` are the most that one convolution or attention reads and
+    writes. `flops` count two for each multiplication of convolutions and attention.
     """
 
     stages: tuple[StagePlan, ...]
     peak_bytes: int
     flops: int
+    at_work_bytes: int = 0
 
     def describe(self) -> str:
         """In words: each stage's level, and how many frames of its input it takes at a time."""
@@ -228,6 +230,7 @@ def _plans(
                     stages=tuple(StagePlan(level=lv, frames=f) for lv, f in zip(chosen, frames, strict=True)),
                     peak_bytes=_peak_bytes(stages, chosen, frames, out, members, itemsize),
                     flops=_flops(stages, chosen, out),
+                    at_work_bytes=_at_work(stages, frames, out) * itemsize,
                 )
             )
     return plans
@@ -285,14 +288,33 @@ class _Memory:
 
     def entry(self) -> tuple[int, int]:
         """The past that the entering convolution keeps, and what it needs while it works on a slab."""
-        stage = self._stage
-        channels, out = stage.entry
-        (_, h, W), up = stage.source, stage.repeat
-        bordered = channels * (h * up[1] + 2) * (W * up[2] + 2)
+        past, seen = self._entering
+        return past, self.source + seen + max(past, self.slab(self._stage.entry[1]))
+
+    @property
+    def _entering(self) -> tuple[int, int]:
+        """The past that the entering convolution keeps, and all that it sees of a slab."""
+        stage, up = self._stage, self._stage.repeat
+        _, h, W = stage.source
+        bordered = stage.entry[0] * (h * up[1] + 2) * (W * up[2] + 2)
         past = bordered * (1 + stage.stride[0])
-        frames = ceil(self.frames * stage.stride[0] / up[0])
-        seen = past + bordered * frames * up[0]
-        return past, self.source + seen + max(past, self.slab(out))
+        return past, past + bordered * ceil(self.frames * stage.stride[0] / up[0]) * up[0]
+
+    def at_work(self, channels: int, out: int) -> int:
+        """What a convolution reads and writes of a slab."""
+        return self.seen(channels) + self.slab(out)
+
+    @property
+    def most_at_work(self) -> int:
+        """The same, of the stage's largest convolution, or of the attention of its last frame."""
+        stage = self._stage
+        pairs = [pair for channels, out in stage.resnets for pair in ((channels, out), (out, out))]
+        most = max(self._entering[1] + self.slab(stage.entry[1]), *(self.at_work(*pair) for pair in pairs))
+        if not stage.attention:
+            return most
+        T, h, W = stage.size
+        channels = stage.resnets[-1][1]
+        return max(most, 2 * channels * (T * stage.height + h) * W)
 
     def attention(self, members: int) -> tuple[int, int]:
         """All keys and values, and what is needed to collect them."""
@@ -345,6 +367,13 @@ def _peak_bytes(
     widened = 0 if itemsize >= 4 else 4 * min(PIECE, max(s.size[1] * s.size[2] * s.entry[1] for s in stages))
     head += memory.slab(out)  # the part that was given away last, until the next one is asked for
     return max(peak, held + kept + head) * itemsize + widened + STATISTICS_BYTES
+
+
+def _at_work(stages: Sequence[StageShape], frames: Sequence[int], out: int) -> int:
+    """Elements that the largest single operation reads and writes."""
+    memories = [_Memory(stage, slab_frames) for stage, slab_frames in zip(stages, frames, strict=True)]
+    head = memories[-1].at_work(stages[-1].resnets[-1][1], out)
+    return max(head, *(memory.most_at_work for memory in memories))
 
 
 def _attention_after(stage: StageShape) -> int:

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipelines.decode_choices import chunks, describe, hunyuan_settings, smaller_tiles
 from pipelines.decode_memory import hunyuan_within, wfvae_within
+from pipelines.hunyuan_video import HunyuanVideo
 from pipelines.hunyuan_video_tiles import decode_tile, hunyuan_tiled, tile_settings
 from pipelines.models.wf_vae import WFVAEModel
 from pipelines.vae_memory import hunyuan_tile_bytes, hunyuan_tiled_bytes, wf_vae_chunk_bytes
@@ -191,6 +192,23 @@ def test_the_keys_become_tiles() -> None:
         hunyuan_within(small_vae(), DecodeConfig(tile_height=100))
     with pytest.raises(ConfigError, match=r"decode\.tile_width=-8 must be at least 0"):
         load_config({"decode": {"tile_width": -8}})
+
+
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        ({"tile_height": 100}, "decode.tile_height=100 must be 8 or a multiple of 8, nearest is 104"),
+        (
+            {"tile_frames": 16, "tile_overlap_frames": 16},
+            "decode.tile_overlap_frames=16 must be smaller than tile_",
+        ),
+    ],
+)
+def test_tiles_that_do_not_meet_are_refused_before_anything_is_loaded(decode: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        HunyuanVideo().check_config(load_config({"decode": decode}))
+    assert str(error.value).startswith(message)
+    HunyuanVideo().check_config(load_config({"decode": {"tile_height": 104, "tile_frames": 16}}))
 
 
 def test_wf_vae_takes_the_longest_chunk_that_fits() -> None:

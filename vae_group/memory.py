@@ -15,8 +15,8 @@ from vae_group.team import Part, Team
 log = logging.getLogger(__name__)
 
 WORKSPACE = 1.0
-"""Memory that convolutions' kernels take on a GPU, as a multiple of the tensors alive: kernels that want channels last
-copy what they read and write. An assumption, not yet measured."""
+"""Memory that kernels take for themselves on a GPU, as a multiple of the tensors at work: kernels that want channels
+last copy what they read and write. An assumption, not yet measured."""
 
 UNUSABLE = 0.05
 """Share of a GPU's free memory that the allocator loses to fragments."""
@@ -28,16 +28,30 @@ SMALLER = 0.75
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to decode a clip: in words, the most bytes of tensors alive at once (weights aside), the decoder."""
+    """One way to decode a clip: in words, the most bytes of tensors alive at once (weights aside), the decoder.
+
+    `at_work_bytes`: the most that a single kernel reads and writes of them, None for all of them.
+    """
 
     name: str
     peak_bytes: int
     decoder: RestartableDecoder
+    at_work_bytes: int | None = None
+
+    def needs(self, device: torch.device) -> int:
+        """Bytes that must be free on a device."""
+        return bytes_needed(self.peak_bytes, device, self.at_work_bytes)
 
 
-def bytes_needed(tensor_bytes: int, device: torch.device) -> int:
-    """What must be free on a device so that so many bytes of tensors can be alive in a decode."""
-    return int(tensor_bytes * (1 + WORKSPACE)) if device.type == "cuda" else tensor_bytes
+def bytes_needed(tensor_bytes: int, device: torch.device, at_work_bytes: int | None = None) -> int:
+    """What must be free on a device so that so many bytes of tensors can be alive in a decode.
+
+    Args:
+        at_work_bytes: as in `Setting`.
+    """
+    if device.type != "cuda":
+        return tensor_bytes
+    return tensor_bytes + int(WORKSPACE * (tensor_bytes if at_work_bytes is None else at_work_bytes))
 
 
 def bytes_at_hand(device: torch.device, limit: int, team: Team) -> int:
@@ -65,10 +79,10 @@ def choose(settings: Sequence[Setting], room: int, device: torch.device) -> int:
         ValueError: none fits.
     """
     for i, setting in enumerate(settings):
-        if bytes_needed(setting.peak_bytes, device) <= room:
+        if setting.needs(device) <= room:
             return i
-    least = min(settings, key=lambda s: s.peak_bytes)
-    need = bytes_needed(least.peak_bytes, device)
+    least = min(settings, key=lambda s: s.needs(device))
+    need = least.needs(device)
     raise ValueError(
         f"decode.memory_limit: {room} bytes are too few to decode this clip, nearest is {need} bytes, for {least.name}"
     )
@@ -101,7 +115,7 @@ def decode_within(
     device = latents.device
     room = bytes_at_hand(device, limit, team)
     chosen = choose(settings, (limit or sys.maxsize) if fixed else room, device)
-    need = bytes_needed(settings[chosen].peak_bytes, device)
+    need = settings[chosen].needs(device)
     if need > room:
         raise ValueError(
             f"decode.memory_limit={limit} allows for {settings[chosen].name}, which needs {need} bytes, but {room} are "
@@ -112,7 +126,7 @@ def decode_within(
             "decoding in %s: %s would need %.2f GB, there are %.2f GB",
             settings[chosen].name,
             settings[0].name,
-            bytes_needed(settings[0].peak_bytes, device) / 1e9,
+            settings[0].needs(device) / 1e9,
             room / 1e9,
         )
     decoder = _telling(settings[chosen])
