@@ -199,7 +199,7 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
 
     from pipelines.checkpoint import Checkpoint
     from pipelines.families import load_family
-    from pipelines.pipeline import check_attention, check_devices, resolve_device
+    from pipelines.start import check_attention, check_devices, resolve_device
     from videopipe.rendering import check_output
 
     family = load_family(config.model.family)

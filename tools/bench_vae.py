@@ -138,13 +138,13 @@ def hunyuan_costs(shape: str) -> Iterator[Cost]:
     for how, room in (("exact, as fast as it goes", None), (f"exact, in {EXACT_ROOM / 1e9:g} GB", EXACT_ROOM)):
         plan = plan_decode(config, latent, 1, BF16, memory_bytes=room)
         vae.decoder = decoder
-        done = count(partial(_exhaust, exact_decode(vae, z, Team(), plan=plan)))
+        exact = count(partial(_exhaust, exact_decode(vae, z, Team(), plan=plan)))
         yield Cost(
             model="HunyuanVideo",
             shape=shape,
             how=how,
             flops=plan.flops,
-            moved_bytes=done.moved,
+            moved_bytes=exact.moved,
             peak_bytes=plan.peak_bytes,
         )
 
