@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKLHunyuanVideo
 
 from pipelines import HunyuanVideoPipeline
 from pipelines.decode_choices import Choice, Latent
@@ -155,26 +156,22 @@ def clip(name: str, spec: VideoSpec, steps: int = 1) -> VideoRequest:
 def test_a_clip_without_room_is_refused_and_the_others_go_on(
     tiny_checkpoint: Path, launcher: LocalLauncher, tmp_path: Path, mode: str, vae: int
 ) -> None:
-    def start(limit: int) -> HunyuanVideoPipeline:
-        overrides = ["decode.exact=true", f"decode.mode={mode}", f"decode.memory_limit={limit}"]
-        return HunyuanVideoPipeline.from_pretrained(
-            tiny_checkpoint, dit_ranks=1, vae_ranks=vae, overrides=overrides, launcher=launcher
-        )
-
-    config = load_config({"decode": {"exact": True, "mode": mode}, "groups": {"vae_ranks": vae}})
-    with start(0) as pipe:
-        decoders = pipe.engine._decoders
-        assert set(decoders) == set(range(1, 1 + vae)) and all(d.room_bytes > 1 << 60 for d in decoders.values())
-        choices = list(HunyuanVideo().decode_choices(decoders[1].vae, pipe.config, (3, 8, 6)))
-    assert config.decode == pipe.config.decode
-    with start(choices[-1].peak_bytes) as pipe:
+    config = {"decode": {"exact": True, "mode": mode}, "groups": {"vae_ranks": vae}, "runtime": {"threads_per_rank": 1}}
+    facts = AutoencoderKLHunyuanVideo.load_config(tiny_checkpoint, subfolder="vae")
+    (*_, last) = HunyuanVideo().decode_choices(facts, load_config(config), (3, 8, 6))
+    limit = f"decode.memory_limit={last.peak_bytes}"
+    with HunyuanVideoPipeline.from_pretrained(
+        tiny_checkpoint, config=config, overrides=[limit], launcher=launcher
+    ) as pipe:
+        told = pipe.engine._decoders
+        assert set(told) == set(range(1, 1 + vae)) and all(decoder.room_bytes > 1 << 60 for decoder in told.values())
         going_on = pipe.render([clip(f"small{i}", SMALL, steps=4) for i in range(2)])
         first = next(going_on)
         for large in ([clip("large", LARGE)], [clip("good", SMALL), clip("large", LARGE)]):
             with pytest.raises(ValueError, match=r"decode\.memory_limit=\d+ bytes are too few to decode 'large'"):
                 pipe.render(large)
         (second,) = going_on
-        assert [r.side_car.plan["decoded_in"] for r in (first, second)] == [[choices[-1].name]] * 2
+        assert [r.side_car.plan["decoded_in"] for r in (first, second)] == [[last.name]] * 2
         assert {r.request_id for r in pipe.render([clip("good", SMALL)], save_to=tmp_path)} == {"good"}
         latents = pipe("a fox", height=64, width=48, num_frames=33, num_inference_steps=1, output_type="latent")
         assert latents.frames.shape == (1, 16, 9, 8, 6), "latents are not decoded"
