@@ -200,7 +200,7 @@ def check_everything(config: Config, requests: Sequence[VideoRequest], output_di
     from pipelines.checkpoint import open_checkpoint
     from pipelines.checks import check_request
     from pipelines.families import load_family
-    from pipelines.pipeline import check_attention, check_devices, resolve_device
+    from pipelines.start import check_attention, check_devices, resolve_device
     from videopipe.rendering import check_output
 
     family = load_family(config.model.family)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pipelines.checkpoint import open_checkpoint
-from pipelines.engine import decoded_in, versions
 from pipelines.families import load_family
-from pipelines.pipeline import resolve_device
+from pipelines.side_car import decoded_in, versions
+from pipelines.start import resolve_device
 from vae_group.decode import to_host
 from videopipe.config import load_config
 from videopipe.media import latents_hash, read_latents, read_side_car, side_car_path

@@ -16,29 +16,31 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib import metadata
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
-import numpy as np
 import safetensors.torch
+import torch
 import zmq
 from torch import Tensor
 
 from pipelines import faults
-from pipelines.batch import Batch, Finished, FramesListener, Job
+from pipelines.batch import Batch, FramesListener, Job
 from pipelines.calibration import BUDGET_S, Answer, Calibrations, Choice, Measuring, shape_of
 from pipelines.calibration_cache import setup_of
+from pipelines.decode_room import DecodeRoom
+from pipelines.decodings import Decodings
 from pipelines.delivery import Deliveries
-from pipelines.families import ModelFacts
+from pipelines.families import ModelFacts, load_family
 from pipelines.launch import Launcher
+from pipelines.side_car import decoded_in, describe_plan, versions
 from videopipe import messages as wire
 from videopipe import scheduler as plan
 from videopipe.arrangement import Calibration, Shape
 from videopipe.config import Config
 from videopipe.control import ControlServer
-from videopipe.handover import ArrivingClip, write_rows
 from videopipe.queue import BoundedQueue
 from videopipe.records import SideCar, StageTime, VideoRequest
 from videopipe.trace import Span, Trace
@@ -81,8 +83,6 @@ class _Record:
         self.text_masks: tuple[bytes, ...] = ()
         self.conditioning_transfer = 0
         self.cancelled = False
-        self.clip: ArrivingClip | None = None  # from the hand-over on
-        self.decoded_in: dict[str, None] = {}  # settings in words, in order
         self.seconds: defaultdict[tuple[str, int], float] = defaultdict(float)  # by stage and rank
 
 
@@ -119,7 +119,13 @@ class Engine:
         self._records: dict[str, _Record] = {}
         self._deliveries = Deliveries(config, send=server.send, delivered=self._on_disk, note_spans=self._note_spans)
         self._hosts: dict[int, str] = {}
+        self._decodings = Decodings(
+            facts.geometry, run_directory, self._hosts, send=server.send, deliveries=self._deliveries
+        )
+        self._decoders: dict[int, wire.LoadedDecoder] = {}
+        self._decode_room: DecodeRoom | None = None  # from the start on
         self._devices: dict[int, str] = {}
+        self._device = torch.device("cpu")  # of the ranks
         self._measuring: Measuring | None = None  # where the configuration leaves something to measure
         self._held: deque[tuple[str, Any]] = deque()  # what callers said and is not done, the first being done
         self._clock_offset_ns: dict[int, int] = {}
@@ -169,16 +175,18 @@ class Engine:
             on_frames: is given the frames of every clip as they are decoded, before the clip itself; of requests whose
                 result is latents there are none.
         Raises:
+            ValueError: an id that is under way, latents that the queue cannot hold, or a clip that no decoding rank has
+                the memory for; nothing of this submission is rendered, what was submitted before goes on.
             RankError: the run has failed before.
             RuntimeError: the engine is closed.
         """
         todo = list(jobs)
-        self._check(todo)
-        batch = Batch(self.tell, todo, on_frames)
         if self._failure is not None:
             raise self._failure
         if self._closed:
             raise RuntimeError("this pipeline is closed")
+        self._check(todo)
+        batch = Batch(self.tell, todo, on_frames)
         self.tell("submit", (batch, todo))
         return batch
 
@@ -197,6 +205,8 @@ class Engine:
                     f"queue.capacity_bytes={self.config.queue.capacity_bytes} cannot hold the latents of "
                     f"{request.id!r}, nearest is {latent_bytes}"
                 )
+            if job.result != "latents" and self._decode_room is not None:
+                self._decode_room.check(request, f"requests[{index}].")
 
     def _latent_bytes(self, request: VideoRequest) -> int:
         return 4 * math.prod(self.facts.geometry.latent_shape(request.spec))  # float32
@@ -458,6 +468,8 @@ class Engine:
                 self._greet(rank, message)
             case wire.PartsLoaded():
                 self._weights[rank] = dict(message.weight_bytes)
+                if message.decoder is not None:
+                    self._decoders[rank] = message.decoder
                 self._loading.discard(rank)
                 self._note("loaded", rank, self.config.world_size)
                 self._load_next()
@@ -485,7 +497,7 @@ class Engine:
             case wire.LatentsArrived():
                 self._on(plan.LatentsReceived(request=message.request, rank=rank, sequence=message.sequence))
             case wire.FramesReady():
-                self._add_frames(message, payload)
+                self._decodings.add(message, payload, wanted=not self._records[message.request].cancelled)
             case wire.ResultReady():
                 self._end_decode(rank, message, now)
             case wire.LatentsReturned():
@@ -505,6 +517,7 @@ class Engine:
     def _greet(self, rank: int, hello: wire.Hello) -> None:
         self._hosts[rank] = hello.host
         self._devices[rank] = hello.device_name
+        self._device = torch.device(hello.device)
         if hello.host != socket.gethostname():
             self._clock_offset_ns[rank] = time.monotonic_ns() - hello.clock_ns
         if len(self._hosts) == self.config.world_size:
@@ -531,45 +544,31 @@ class Engine:
             )
             self._server.send(rank, parts)
         if not self._to_load and not self._loading:
+            self._decode_room = self._make_decode_room()
             self._ready.set()
 
-    def _add_frames(self, message: wire.FramesReady, payload: bytes | None) -> None:
-        record = self._records[message.request]
-        clip, job = record.clip, record.job
-        assert clip is not None, message
-        if payload is not None:  # from a rank of another host
-            rows = np.frombuffer(payload, clip.dtype).reshape(message.count, message.rows, *clip.shape[2:])
-            write_rows(clip.path, rows, message.first_frame, message.first_row, clip.shape[1])
-        whole = clip.arrived(message.first_frame, message.count, message.rows)
-        if not whole or job.result == "latents" or record.cancelled:
-            return
-        if record.batch.on_frames is not None:
-            record.batch.on_frames(message.request, whole.start, clip.look_at(whole))
-        if job.is_written:
-            self._deliveries.add(message.request, whole)
+    def _make_decode_room(self) -> DecodeRoom:
+        """Of all decoding ranks, which have the same VAE."""
+        family = load_family(self.config.model.family)
+        vae = next(iter(self._decoders.values())).vae
+        rooms = {rank: decoder.room_bytes for rank, decoder in self._decoders.items()}
+        choices = partial(family.decode_choices, vae, self.config)
+        return DecodeRoom(self.config, self.facts.geometry, choices, rooms, self._device)
 
     def _end_decode(self, rank: int, message: wire.ResultReady, now: float) -> None:
         """A rank has ended its share of a decode; with the last one of its team the clip is finished."""
         request = message.request
-        self._records[request].decoded_in |= dict.fromkeys(message.settings)
+        self._decodings.share_ended(message)
         self._on(plan.Decoded(request=request, rank=rank))
         if self._scheduler.is_decoding(request):
             return
         record = self._records.pop(request)
-        assert record.clip is not None, request
         if record.cancelled:
-            record.clip.discard()
-            if record.job.is_written:
-                self._deliveries.cancel(request, record.batch)
+            self._decodings.drop(request)
             return
         side_car = self._side_car(record, now)
-        if record.job.is_written:
-            self._note("stage", request, "write")
-            record.clip.discard()  # the writers have a name of their own for this memory
-            self._deliveries.end(request, side_car)
-            return
-        self._note("stage", request, "done")
-        record.batch.put(Finished(job=record.job, array=record.clip.claim(), side_car=side_car))
+        self._note("stage", request, "write" if record.job.is_written else "done")
+        self._decodings.finish(request, side_car)
 
     def _on_disk(self, request: str) -> None:
         """A clip that writers had needs no room any more."""
@@ -580,13 +579,14 @@ class Engine:
         request = record.job.request
         seconds = sorted(record.seconds.items())
         chosen = {} if record.choice is None else {"chosen": record.choice.describe()}
+        settings = self._decodings.settings(request.id)
         return SideCar(
             request=request,
             output="",
             format="latent" if record.job.result == "latents" else "mp4",
             frames_sha256=None,
             versions=versions(),
-            plan=describe_plan(self.config, self.topology) | chosen | decoded_in(record.decoded_in),
+            plan=describe_plan(self.config, self.topology) | chosen | decoded_in(settings),
             config=msgspec.to_builtins(self.config),
             stages=tuple(StageTime(stage=s, rank=r, seconds=round(t, 6)) for (s, r), t in seconds),
             queue_wait_s=round(record.queue_wait_s, 6),
@@ -655,37 +655,11 @@ class Engine:
                     self._server.send(rank, wire.AbandonRequest(request=command.request))
             case plan.HandOver():
                 assert record is not None
-                self._hand_over(command, record)
+                record.queue_wait_s = time.monotonic() - record.denoised
+                self._decodings.hand_over(command, record.job, record.batch, self._next_transfer())
+                self._note("stage", command.request, "decode")
             case plan.Release():
                 self._server.send(command.rank, wire.Release(request=command.request, what="latents"))
-
-    def _hand_over(self, command: plan.HandOver, record: _Record) -> None:
-        record.queue_wait_s = time.monotonic() - record.denoised
-        request, result = record.job.request, record.job.result
-        spec = request.spec
-        latent_shape = self.facts.geometry.latent_shape(spec)
-        path = self._run_directory / f"{request.id}-{command.sequence}.decoding"
-        shape = latent_shape if result == "latents" else (spec.num_frames, spec.height, spec.width, 3)
-        record.clip = ArrivingClip(path, shape, "float32" if result == "latents" else result)
-        if record.job.is_written:
-            memory = record.clip.link(path.with_suffix(".frames"))
-            self._deliveries.begin(record.job, record.batch, command.ranks[0], memory, shape)
-        transfer = self._next_transfer()
-        send = wire.SendLatents(request=request.id, to=command.ranks, transfer=transfer)
-        self._server.send(command.leader, send)
-        for rank in command.ranks:
-            decode = wire.DecodeLatents(
-                request=request,
-                source=command.leader,
-                shape=latent_shape,
-                sequence=command.sequence,
-                transfer=transfer,
-                result=result,
-                path=str(path) if self._hosts[rank] == socket.gethostname() else None,
-                keep_latents=record.job.is_written and rank == command.ranks[0],
-            )
-            self._server.send(rank, decode)
-        self._note("stage", command.request, "decode")
 
     @property
     def _assistants(self) -> tuple[int, ...]:
@@ -745,46 +719,3 @@ def make_topology(config: Config) -> plan.Topology:
     vae = tuple(range(len(dit), config.world_size))
     encoder = dit[0] if config.groups.text_encoder == "dit" else vae[0]
     return plan.Topology(dit_ranks=dit, vae_ranks=vae, encoder_rank=encoder, teams=config.decode_teams)
-
-
-def describe_plan(config: Config, topology: plan.Topology) -> dict[str, Any]:
-    """Which ranks do what under which policy, for side-car files and `videopipe explain`."""
-    return {
-        "policy": config.policy,
-        "mode": config.schedule.mode,
-        "dit_ranks": list(topology.dit_ranks),
-        "vae_ranks": list(topology.vae_ranks),
-        "decode_ranks": list(topology.decode_ranks),
-        "decode_teams": [list(team) for team in topology.decode_teams],
-        "decode": config.decode.mode,
-        "decode_exact": config.decode.exact,
-        "text_encoder_rank": topology.encoder_rank,
-        "strategy": config.attention.strategy if len(topology.dit_ranks) > 1 else "none",
-        "heads_per_chunk": config.attention.heads_per_chunk,
-        "balance": config.attention.balance,
-        "co_processing": config.attention.co_processing,
-        "cfg_parallel": config.attention.cfg_parallel,
-        "ping_pong": config.attention.ping_pong,
-        "text": "trimmed" if config.text_trimmed else "padded",
-        "queue_capacity": config.queue.capacity,
-    }
-
-
-def decoded_in(settings: Iterable[str]) -> dict[str, Any]:
-    """What a side-car's plan tells of the tiles or chunks that a clip was decoded in, where there was a choice."""
-    used = list(dict.fromkeys(settings))
-    return {"decoded_in": used} if used else {}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed a clip."""
-    names = ("videopipe", "torch", "diffusers", "transformers", "numpy", "av")
-    found = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    if "videopipe" not in found:
-        from videopipe import __version__
-
-        found["videopipe"] = __version__
-    return found

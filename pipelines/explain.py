@@ -10,8 +10,9 @@ from pipelines import explain_calibration
 from pipelines.calibration import Choice
 from pipelines.checkpoint import CheckpointUnreachableError, open_checkpoint
 from pipelines.checks import check_request
-from pipelines.engine import describe_plan, make_topology
+from pipelines.engine import make_topology
 from pipelines.families import Family, ModelFacts, load_family
+from pipelines.side_car import describe_plan
 from videopipe.arrangement import Calibration
 from videopipe.config import Config, to_toml
 from videopipe.geometry import TokenGrid, VideoSpec

@@ -7,7 +7,8 @@ import torch
 from pipelines.calibration import Calibrations, Choice
 from pipelines.calibration_cache import setup_of
 from pipelines.families import ModelFacts
-from pipelines.pipeline import VideoPipeline, resolve_device
+from pipelines.pipeline import VideoPipeline
+from pipelines.start import resolve_device
 from videopipe.arrangement import Calibration, Timing
 from videopipe.config import Config, ConfigError
 from videopipe.records import VideoRequest

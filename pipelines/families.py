@@ -1,8 +1,8 @@
 """What a model family must offer, and the table of families. Adding a model is one file and one line here."""
 
 import importlib
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import msgspec
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint
+from pipelines.decode_choices import Choice, Latent
 from vae_group.worker import Decoder
 from videopipe.config import Config
 from videopipe.geometry import LatentGeometry
@@ -120,6 +121,13 @@ class Family(Protocol):
             checkpoint: None for the published one.
         Returns:
             None for a part that nobody knows the size of.
+        """
+
+    def decode_choices(self, vae: Mapping[str, Any], config: Config, latent: Latent) -> Iterator[Choice[Any]]:
+        """The ways to decode latents of (T', H', W') with the configured teams, the wanted one first.
+
+        Args:
+            vae: the decoder's `memory_facts`.
         """
 
     def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:

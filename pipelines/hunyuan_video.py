@@ -4,11 +4,12 @@ The parts that ranks load (diffusers and transformers) are in `pipelines.hunyuan
 configuration needs neither.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint, CheckpointError
+from pipelines.decode_choices import Choice, Latent, hunyuan_exact_choices, hunyuan_settings, hunyuan_tile_choices
 from pipelines.families import (
     Assistant,
     FamilyLayout,
@@ -19,8 +20,9 @@ from pipelines.families import (
     part_dtype,
 )
 from pipelines.pipeline import VideoPipeline
+from vae_group.tiles import TileSettings
 from vae_group.worker import Decoder
-from videopipe.config import Config
+from videopipe.config import Config, ConfigError
 from videopipe.geometry import LatentGeometry
 from videopipe.records import VideoRequest
 from videopipe.runtime import Runtime
@@ -124,7 +126,13 @@ class HunyuanVideo:
         facts.geometry.check(request.spec, where)
 
     def check_config(self, config: Config) -> None:
-        """Every option of the configuration is for this family."""
+        """Every option of the configuration is for this family; but tiles must meet."""
+        geometry = self.published.facts.geometry
+        tiles = hunyuan_settings(TileSettings(spatial=False), config.decode, geometry.stride_t, geometry.stride_s)
+        try:
+            tiles.check(geometry.stride_t, geometry.stride_s)
+        except ValueError as error:
+            raise ConfigError(f"decode.{error}") from None
 
     def evaluations(self, request: VideoRequest) -> int:
         """2 with a negative prompt and true_cfg_scale above 1, else 1."""
@@ -137,6 +145,15 @@ class HunyuanVideo:
             counts["denoiser"] -= modulation_parameters({} if checkpoint is None else checkpoint.json(DIT_CONFIG))
         sizes = {p: None if n is None else n * part_dtype(config, p).itemsize for p, n in counts.items()}
         return sizes, source
+
+    def decode_choices(self, vae: Mapping[str, Any], config: Config, latent: Latent) -> Iterator[Choice[Any]]:
+        """In tiles, or by plans of the exact decode."""
+        members, item_bytes = len(config.decode_teams[0]), part_dtype(config, "decoder").itemsize
+        if config.decode.exact:
+            return hunyuan_exact_choices(vae, latent, members, item_bytes)
+        strides = (vae["temporal_compression_ratio"], vae["spatial_compression_ratio"])
+        wanted = hunyuan_settings(TileSettings(**vae["tiles"]), config.decode, *strides)
+        return hunyuan_tile_choices(vae, wanted, latent, members, item_bytes)
 
     def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:
         """None: every layer exchanges by the strategy."""

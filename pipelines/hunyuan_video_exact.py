@@ -24,6 +24,7 @@ from vae_group.causal_conv import CausalConv, Rows
 from vae_group.frame_attention import FramePrefix
 from vae_group.group_norm import GroupNorm, measure
 from vae_group.halo import gather_rows
+from vae_group.retry import together
 from vae_group.slabs import Clip, Held, Lazy, Resized, Step
 from vae_group.team import Part, PartDecoder, Team
 from videopipe.partition import offsets, split_evenly
@@ -92,6 +93,8 @@ def exact_encode(
         team, memory_bytes, plan: as in `exact_decode`.
     Returns:
         [1, 2 C, T', H', W'], mean and log variance, whole on every member: `latent_dist.parameters` of diffusers.
+    Raises:
+        TeamOutOfMemoryError: on every member, where one of them ran out of memory.
     """
     model: Any = vae
     B, C, frames, height, width = video.shape
@@ -102,11 +105,16 @@ def exact_encode(
     stride = model.spatial_compression_ratio
     bounds = [min(start * stride, height) for start in offsets(split_evenly(ceil(height / stride), team.members))]
     rows = Rows(team=team, counts=tuple(end - start for start, end in pairwise(bounds)))
-    network = _Network(team, plan)
-    x, rows = network.run(Held([video.narrow(3, bounds[team.member], rows.own)]), rows, _encoder_stages(model.encoder))
+    own, network = video.narrow(3, bounds[team.member], rows.own), _Network(team, plan)
+    return together(team, video.device, partial(_encode, model, own, rows, network))
+
+
+def _encode(model: Any, own: Tensor, rows: Rows, network: "_Network") -> Tensor:
+    """From this member's rows of the pixels to the whole of the distribution's parameters."""
+    x, rows = network.run(Held([own]), rows, _encoder_stages(model.encoder))
     out = CausalConv(model.quant_conv, rows)
-    own = torch.cat([out.step(slab) for slab in network.head(x, rows, model.encoder)], dim=2)
-    return gather_rows(own, team, rows.counts)
+    moments = torch.cat([out.step(slab) for slab in network.head(x, rows, model.encoder)], dim=2)
+    return gather_rows(moments, rows.team, rows.counts)
 
 
 @dataclass(frozen=True, kw_only=True)

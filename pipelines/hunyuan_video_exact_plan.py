@@ -46,12 +46,20 @@ class ExactPlan:
     """How a clip is decoded or encoded, and what that costs the rank with the most rows.
 
     `peak_bytes` are activations: without weights, without the clip that is given and the result that is taken, and
-    without what a kernel allocates for itself. `flops` count two for each multiplication of convolutions and attention.
+    without what a kernel allocates for itself. `at_work_bytes` are the most that one convolution or attention reads and
+    writes. `flops` count two for each multiplication of convolutions and attention.
     """
 
     stages: tuple[StagePlan, ...]
     peak_bytes: int
     flops: int
+    at_work_bytes: int = 0
+
+    def describe(self) -> str:
+        """In words: each stage's level, and how many frames of its input it takes at a time."""
+        levels = " ".join(str(int(stage.level)) for stage in self.stages)
+        frames = " ".join(str(stage.frames) for stage in self.stages)
+        return f"exact, levels {levels}, slabs of {frames} frames"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +107,24 @@ def plan_decode(
     Raises:
         ValueError: nothing fits into the room; the least that is needed is named.
     """
-    T, H, W = latents
-    stages = _sized(decoder_stages(config), (T, split_evenly(H, members)[0], W), H)
+    stages = _decoded(config, latents, members)
     return _plan("decode", stages, config["out_channels"], members, itemsize, memory_bytes, levels)
+
+
+def decode_plans(
+    config: Mapping[str, Any], latents: tuple[int, int, int], members: int, itemsize: int
+) -> list[ExactPlan]:
+    """All plans of a clip that are worth taking: the fastest, then ever slower ones that need ever less.
+
+    The first of them that fits into some room is the one that `plan_decode` would choose for it.
+    """
+    stages = _decoded(config, latents, members)
+    plans = _plans(stages, config["out_channels"], members, itemsize, None)
+    worth: list[ExactPlan] = []
+    for plan in sorted(plans, key=lambda plan: plan.flops):  # stable: among equals those with the largest slabs first
+        if not worth or plan.peak_bytes < worth[-1].peak_bytes:
+            worth.append(plan)
+    return worth
 
 
 def plan_encode(
@@ -159,6 +182,12 @@ def encoder_stages(config: Mapping[str, Any]) -> list[StageShape]:
     return [*stages, StageShape(entry=entry, stride=stride, resnets=last, attention=attention)]
 
 
+def _decoded(config: Mapping[str, Any], latents: tuple[int, int, int], members: int) -> list[StageShape]:
+    """The decoder's resolutions for the rank with the most rows."""
+    T, H, W = latents
+    return _sized(decoder_stages(config), (T, split_evenly(H, members)[0], W), H)
+
+
 def _sized(shapes: Sequence[StageShape], source: tuple[int, int, int], height: int) -> list[StageShape]:
     stages = []
     for shape in shapes:
@@ -176,6 +205,21 @@ def _plan(
     memory_bytes: int | None,
     levels: Sequence[Level] | None,
 ) -> ExactPlan:
+    plans = _plans(stages, out, members, itemsize, levels)
+    fitting = [plan for plan in plans if memory_bytes is None or plan.peak_bytes <= memory_bytes]
+    if not fitting:
+        least = min(plan.peak_bytes for plan in plans)
+        raise ValueError(
+            f"memory_bytes={memory_bytes} is too little to {name} this clip exactly on {members} ranks, "
+            f"nearest is {least}"
+        )
+    return min(fitting, key=lambda plan: plan.flops)  # among equals the first, with the largest slabs
+
+
+def _plans(
+    stages: Sequence[StageShape], out: int, members: int, itemsize: int, levels: Sequence[Level] | None
+) -> list[ExactPlan]:
+    """A plan for each size of slab and each choice of levels, or for these levels."""
     plans = []
     choices = list(product(*([Level.HOLD] if stage.attention else list(Level) for stage in stages)))
     for slab_bytes in SLAB_BYTES:
@@ -186,16 +230,10 @@ def _plan(
                     stages=tuple(StagePlan(level=lv, frames=f) for lv, f in zip(chosen, frames, strict=True)),
                     peak_bytes=_peak_bytes(stages, chosen, frames, out, members, itemsize),
                     flops=_flops(stages, chosen, out),
+                    at_work_bytes=_at_work(stages, frames, out) * itemsize,
                 )
             )
-    fitting = [plan for plan in plans if memory_bytes is None or plan.peak_bytes <= memory_bytes]
-    if not fitting:
-        least = min(plan.peak_bytes for plan in plans)
-        raise ValueError(
-            f"memory_bytes={memory_bytes} is too little to {name} this clip exactly on {members} ranks, "
-            f"nearest is {least}"
-        )
-    return min(fitting, key=lambda plan: plan.flops)  # among equals the first, with the largest slabs
+    return plans
 
 
 def _slab_frames(stage: StageShape, slab_bytes: int, itemsize: int) -> int:
@@ -250,14 +288,33 @@ class _Memory:
 
     def entry(self) -> tuple[int, int]:
         """The past that the entering convolution keeps, and what it needs while it works on a slab."""
-        stage = self._stage
-        channels, out = stage.entry
-        (_, h, W), up = stage.source, stage.repeat
-        bordered = channels * (h * up[1] + 2) * (W * up[2] + 2)
+        past, seen = self._entering
+        return past, self.source + seen + max(past, self.slab(self._stage.entry[1]))
+
+    @property
+    def _entering(self) -> tuple[int, int]:
+        """The past that the entering convolution keeps, and all that it sees of a slab."""
+        stage, up = self._stage, self._stage.repeat
+        _, h, W = stage.source
+        bordered = stage.entry[0] * (h * up[1] + 2) * (W * up[2] + 2)
         past = bordered * (1 + stage.stride[0])
-        frames = ceil(self.frames * stage.stride[0] / up[0])
-        seen = past + bordered * frames * up[0]
-        return past, self.source + seen + max(past, self.slab(out))
+        return past, past + bordered * ceil(self.frames * stage.stride[0] / up[0]) * up[0]
+
+    def at_work(self, channels: int, out: int) -> int:
+        """What a convolution reads and writes of a slab."""
+        return self.seen(channels) + self.slab(out)
+
+    @property
+    def most_at_work(self) -> int:
+        """The same, of the stage's largest convolution, or of the attention of its last frame."""
+        stage = self._stage
+        pairs = [pair for channels, out in stage.resnets for pair in ((channels, out), (out, out))]
+        most = max(self._entering[1] + self.slab(stage.entry[1]), *(self.at_work(*pair) for pair in pairs))
+        if not stage.attention:
+            return most
+        T, h, W = stage.size
+        channels = stage.resnets[-1][1]
+        return max(most, 2 * channels * (T * stage.height + h) * W)
 
     def attention(self, members: int) -> tuple[int, int]:
         """All keys and values, and what is needed to collect them."""
@@ -310,6 +367,13 @@ def _peak_bytes(
     widened = 0 if itemsize >= 4 else 4 * min(PIECE, max(s.size[1] * s.size[2] * s.entry[1] for s in stages))
     head += memory.slab(out)  # the part that was given away last, until the next one is asked for
     return max(peak, held + kept + head) * itemsize + widened + STATISTICS_BYTES
+
+
+def _at_work(stages: Sequence[StageShape], frames: Sequence[int], out: int) -> int:
+    """Elements that the largest single operation reads and writes."""
+    memories = [_Memory(stage, slab_frames) for stage, slab_frames in zip(stages, frames, strict=True)]
+    head = memories[-1].at_work(stages[-1].resnets[-1][1], out)
+    return max(head, *(memory.most_at_work for memory in memories))
 
 
 def _attention_after(stage: StageShape) -> int:

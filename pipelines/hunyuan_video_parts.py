@@ -6,7 +6,7 @@ same, divided between the ranks that own each part.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,14 +36,14 @@ from dit_group.plan import Place, Shard, apply_plan
 from dit_group.record import Keep, observing
 from dit_group.shards import exchange_branches, gather_latents
 from pipelines.checkpoint import Checkpoint, CheckpointError
-from pipelines.decode_memory import hunyuan_within
+from pipelines.decode_choices import HUNYUAN_KEYS
+from pipelines.decode_memory import hunyuan_exactly_within, hunyuan_within
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import has_second_branch, latent_geometry
-from pipelines.hunyuan_video_exact import hunyuan_exact
+from pipelines.hunyuan_video_tiles import tile_settings
 from pipelines.parallel import both_halves, decode_team, own_half, sequence_parallel
 from vae_group.decode import to_frames
-from vae_group.memory import bytes_at_hand, bytes_needed
-from vae_group.team import Part, PartDecoder, Team
+from vae_group.team import Part, PartDecoder
 from videopipe.arrangement import Guidance, Shape
 from videopipe.config import Config, DecodeConfig
 from videopipe.records import VideoRequest
@@ -568,7 +568,7 @@ class HunyuanVideoDecoder:
             self.vae.enable_tiling()
         self._device = runtime.device
         self._team = decode_team(runtime)
-        self._decode = part_decoder(self.vae, config.decode)
+        self._decode = part_decoder(self.vae, config.decode, fixed=config.schedule.mode == "deterministic")
 
     @torch.no_grad()
     def parts(self, latents: Tensor) -> Iterator[Part]:
@@ -576,16 +576,15 @@ class HunyuanVideoDecoder:
         scaled = latents.to(self._device).to(self.vae.dtype) / self.vae.config.scaling_factor
         yield from self._decode(scaled, self._team)
 
+    def memory_facts(self) -> dict[str, Any]:
+        """Of the VAE's configuration `HUNYUAN_KEYS`, and its own `tiles`."""
+        return {key: self.vae.config[key] for key in HUNYUAN_KEYS} | {"tiles": asdict(tile_settings(self.vae))}
+
     def to_frames(self, video: Tensor, dtype: torch.dtype) -> Tensor:
         """A part's video [1, 3, t, h, W] -> frames [t, h, W, 3], uint8 or float32 in 0..1."""
         return to_frames(video, dtype)
 
 
-def part_decoder(vae: AutoencoderKLHunyuanVideo, decode: DecodeConfig) -> PartDecoder:
+def part_decoder(vae: AutoencoderKLHunyuanVideo, decode: DecodeConfig, *, fixed: bool = False) -> PartDecoder:
     """What decodes a clip in the configured way; without `exact` with the numbers of `vae.decode` in every mode."""
-
-    def exactly(latents: Tensor, team: Team) -> Iterator[Part]:
-        room = bytes_at_hand(latents.device, decode.memory_limit, team)
-        return hunyuan_exact(vae, room // bytes_needed(1, latents.device))(latents, team)
-
-    return exactly if decode.exact else hunyuan_within(vae, decode)
+    return (hunyuan_exactly_within if decode.exact else hunyuan_within)(vae, decode, fixed=fixed)

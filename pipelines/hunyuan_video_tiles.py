@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 
+from pipelines.vae_memory import ATTENTION_ROWS
 from vae_group.tiled import TiledDecoder
 from vae_group.tiles import TileSettings
-
-ATTENTION_ROWS = 1024  # a multiple of every kernel's block of queries and keys, so that cutting there changes no bit
 
 
 def tile_settings(vae: AutoencoderKLHunyuanVideo) -> TileSettings:

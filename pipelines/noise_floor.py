@@ -174,7 +174,7 @@ def floor_configs(
     from pipelines.checkpoint import open_checkpoint
     from pipelines.checks import check_request
     from pipelines.families import load_family
-    from pipelines.pipeline import check_attention, check_devices, resolve_device
+    from pipelines.start import check_attention, check_devices, resolve_device
 
     if num_runs < 2:
         raise ValueError(f"num_runs={num_runs} must be at least 2 to measure a noise floor, nearest is 2")
@@ -281,7 +281,7 @@ def num_devices(config: Config) -> int | None:
     """
     import torch
 
-    from pipelines.pipeline import resolve_device
+    from pipelines.start import resolve_device
 
     if "LOCAL_RANK" in os.environ:
         raise ConfigError(

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipelines.models.wf_vae import STRIDE_S, WFVAEModel
+from pipelines.models.open_sora_plan_layout import STRIDE_S
+from pipelines.models.wf_vae import WFVAEModel
 from pipelines.models.wf_vae_layers import Downsample, Interpolate, SpatialAttention, TimeDownsample
 from vae_group.halo import gather_rows, neighbour_rows
+from vae_group.retry import together
 from vae_group.team import Part, PartDecoder, Team
 from videopipe.partition import offsets, split_evenly
 
@@ -59,13 +61,18 @@ def exact_encode(vae: WFVAEModel, pixels: Tensor, team: Team, *, chunk_frames: i
         [B, 2C, T', H', W'], means and log variances, whole on every member: `latent_dist.parameters` of the model.
     Raises:
         ValueError: as `WFVAEModel.encode_stream`.
+        TeamOutOfMemoryError: on every member, where one of them ran out of memory.
     """
     rows = _Rows(team, split_evenly(pixels.shape[3] // STRIDE_S, team.members))
     pieces = vae.encode_stream(rows.take(pixels, STRIDE_S), chunk_frames)
-    own = []
-    while (moments := rows.next_piece(vae.encoder, pieces)) is not None:
-        own.append(moments[:, :, :, : rows.own])
-    return gather_rows(torch.cat(own, dim=2), team, rows.counts)
+
+    def encode() -> Tensor:
+        own = []
+        while (moments := rows.next_piece(vae.encoder, pieces)) is not None:
+            own.append(moments[:, :, :, : rows.own])
+        return gather_rows(torch.cat(own, dim=2), team, rows.counts)
+
+    return together(team, pixels.device, encode)
 
 
 class _Rows:

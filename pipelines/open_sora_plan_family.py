@@ -4,15 +4,16 @@ The parts that ranks load (diffusers and transformers) are in `pipelines.open_so
 configuration needs neither.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dit_group.worker import Denoiser
 from pipelines.checkpoint import Checkpoint, CheckpointError, CheckpointUnreachableError
+from pipelines.decode_choices import Choice, Latent, wf_vae_choices
 from pipelines.families import (
     Assistant,
     FamilyLayout,
@@ -212,6 +213,11 @@ class OpenSoraPlan:
         dtypes = (part_dtype(config, part) for part in parts)
         found = loaded_bytes(find_folders(Path(checkpoint.location)), *dtypes)
         return dict(zip(parts, found, strict=True)), f"the config files of {checkpoint.location}"
+
+    def decode_choices(self, vae: Mapping[str, Any], config: Config, latent: Latent) -> Iterator[Choice[Any]]:
+        """In chunks of time."""
+        item_bytes = part_dtype(config, "decoder").itemsize
+        return wf_vae_choices(vae, config.decode, latent, len(config.decode_teams[0]), item_bytes)
 
     def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:
         """By groups of skip-sparse attention, see `pipelines.skip_sparse_layout`."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from dit_group.denoise import Denoising
 from dit_group.record import Keep, observing
 from dit_group.shards import exchange_branches, gather_latents
 from pipelines.checkpoint import Checkpoint
+from pipelines.decode_choices import WF_VAE_KEYS
 from pipelines.decode_memory import wfvae_within
 from pipelines.families import ModelFacts
 from pipelines.models.open_sora_plan import TextContext
@@ -301,12 +303,16 @@ class OpenSoraPlanDecoder:
         self.vae = load_vae(folder, dtype, runtime.device).eval()
         self._device = runtime.device
         self._team = decode_team(runtime)
-        self._decode = part_decoder(self.vae, config.decode)
+        self._decode = part_decoder(self.vae, config.decode, fixed=config.schedule.mode == "deterministic")
 
     @torch.no_grad()
     def parts(self, latents: Tensor) -> Iterator[Part]:
         """Latents [1, C, T', H', W'] float32 on the host -> this member's parts of the clip."""
         yield from self._decode(vae_latents(self.vae, latents.to(self._device)), self._team)
+
+    def memory_facts(self) -> dict[str, Any]:
+        """Of the VAE's configuration `WF_VAE_KEYS`."""
+        return {key: self.vae.config[key] for key in WF_VAE_KEYS}
 
     def to_frames(self, video: Tensor, dtype: torch.dtype) -> Tensor:
         """A part's video [1, 3, t, h, W] -> frames [t, h, W, 3], uint8 (cut off) or float32 in 0..1."""
@@ -314,7 +320,7 @@ class OpenSoraPlanDecoder:
         return (to_bytes(pixels) if dtype == torch.uint8 else pixels).contiguous()
 
 
-def part_decoder(vae: WFVAEModel, decode: DecodeConfig) -> PartDecoder:
+def part_decoder(vae: WFVAEModel, decode: DecodeConfig, *, fixed: bool = False) -> PartDecoder:
     """What decodes a clip in the configured way; the frames are those of the whole clip in every mode.
 
     Raises:
@@ -333,4 +339,4 @@ def part_decoder(vae: WFVAEModel, decode: DecodeConfig) -> PartDecoder:
     def in_chunks(chunk: int | None) -> PartDecoder:
         return whole_clip if chunk is None else wfvae_exact(vae, chunk)
 
-    return wfvae_within(vae, decode, whole=decode.mode == "clip" and not decode.tiling, decoder=in_chunks)
+    return wfvae_within(vae, decode, in_chunks, fixed=fixed)

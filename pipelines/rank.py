@@ -25,7 +25,9 @@ from pipelines.checkpoint import open_checkpoint
 from pipelines.families import Assistant, TextEncoder, load_family
 from pipelines.faults import TRANSFERS
 from pipelines.launch import RankSpec
-from vae_group.retry import TeamOutOfMemoryError
+from vae_group.memory import bytes_at_hand
+from vae_group.retry import TeamOutOfMemoryError, is_out_of_memory
+from vae_group.team import Team
 from vae_group.worker import VaeWorker
 from videopipe.control import ControlClient
 from videopipe.messages import (
@@ -44,6 +46,7 @@ from videopipe.messages import (
     Heartbeat,
     Hello,
     LatentsReady,
+    LoadedDecoder,
     LoadParts,
     PartsLoaded,
     PrepareAssist,
@@ -102,7 +105,7 @@ def run_rank(spec: RankSpec) -> int:
             stage="idle" if current is None else current.stage,
             request=None if current is None else current.request,
             step=None if current is None else current.step,
-            out_of_memory=is_out_of_memory(error),
+            out_of_memory=isinstance(error, TeamOutOfMemoryError) or is_out_of_memory(error),
         )
         client.send(Envelope(message=failure, spans=tuple(recorder.drain())))
         return 1
@@ -110,13 +113,6 @@ def run_rank(spec: RankSpec) -> int:
         beat.stop()
         client.close()
     return 0
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error means that memory ran out: on the device, in Python, or in torch's CPU allocator."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError, TeamOutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 def _join(spec: RankSpec, device: torch.device) -> Runtime:
@@ -214,8 +210,8 @@ class _Rank:
         match message:
             case LoadParts():
                 with self._recorder.span("load"):
-                    weights = self._load(message)
-                self.report(PartsLoaded(weight_bytes=weights))
+                    loaded = self._load(message)
+                self.report(loaded)
             case EncodePrompt():
                 with self._recorder.span("encode", request=message.request.id):
                     encoded = self._encode(message, payload)
@@ -281,11 +277,12 @@ class _Rank:
         assert self._dit is not None, "this rank has no DiT"
         return self._dit
 
-    def _load(self, message: LoadParts) -> dict[str, int]:
+    def _load(self, message: LoadParts) -> PartsLoaded:
         config = self._spec.config
         family = load_family(config.model.family)
         checkpoint = open_checkpoint(config.model)
         sizes = {}
+        vae: dict[str, Any] | None = None
         if message.text_encoder:
             self._encoder = family.load_text_encoder(checkpoint, config, self._runtime)
             sizes["text_encoder"] = _weight_bytes(self._encoder)
@@ -298,11 +295,15 @@ class _Rank:
             decoder = family.load_decoder(checkpoint, config, self._runtime)
             self._vae = VaeWorker(self._runtime, self._link, decoder, self._recorder, self.report)
             sizes["decoder"] = _weight_bytes(decoder)
+            vae = decoder.memory_facts()
         if config.helper_sets and not message.denoiser:
             self._assistant = family.load_assistant(checkpoint, config, self._runtime)
             self._part = self._assistant if isinstance(self._assistant, Part) else None
         synchronize(self._runtime.device)
-        return sizes
+        loaded = None
+        if vae is not None:  # with all other parts there
+            loaded = LoadedDecoder(room_bytes=bytes_at_hand(self._runtime.device, 0, Team()), vae=vae)
+        return PartsLoaded(weight_bytes=sizes, decoder=loaded)
 
     def _encode(self, message: EncodePrompt, payload: bytes | None) -> PromptEncoded:
         assert self._encoder is not None, "this rank has no text encoder"

@@ -8,9 +8,12 @@ to a count of the real decoders' tensors.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipelines.hunyuan_video_tiles import ATTENTION_ROWS
 from vae_group.tiled import row_bands
 from vae_group.tiles import TileSettings, assign, next_wave, tile_grid
+
+ATTENTION_ROWS = 1024
+"""Queries of HunyuanVideo's VAE that attend at a time, when it decodes a tile. A multiple of every kernel's block of
+queries and keys, so that cutting there changes no bit."""
 
 
 def hunyuan_tile_bytes(config: Mapping[str, Any], latent: Sequence[int], item_bytes: int) -> int:

@@ -63,7 +63,10 @@ class RowsOfTheWhole:
             if members > 1:
                 dist.barrier(group=self._team.group)  # in step: a member that left out one call would hang the others
             yield Part(
-                video=video[:, :, first : first + self._frames_each, rows], first_frame=first, first_row=rows.start
+                video=video[:, :, first : first + self._frames_each, rows],
+                first_frame=first,
+                first_row=rows.start,
+                setting="large" if first < 8 else "small",
             )
 
     def to_frames(self, video: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,6 +168,7 @@ def test_a_teams_parts_make_the_clip(
             continue
         assert (kinds[0], kinds[-1]) == (LatentsArrived, ResultReady)
         assert set(kinds[1:-1]) <= {FramesReady}
+        assert said[-1][0] == ResultReady(request="fox", settings=("large", "small")), "each once, in order"
         parts = [(message, payload) for message, payload in said if isinstance(message, FramesReady)]
         assert all((payload is not None) == (rank in by_wire) for _, payload in parts)
         assert len(parts) == (0 if len(team) == 4 and rank == team[0] else 3)  # who has no rows tells of none

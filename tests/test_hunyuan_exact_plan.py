@@ -1,18 +1,21 @@
 """The plan of exact decode and encode: its bytes against tensors counted alive, its FLOPs against PyTorch's counter."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipelines import hunyuan_video_exact_plan
 from pipelines.hunyuan_video_exact import exact_decode, exact_encode
-from pipelines.hunyuan_video_exact_plan import ExactPlan, Level, plan_decode, plan_encode
+from pipelines.hunyuan_video_exact_plan import ExactPlan, Level, decode_plans, plan_decode, plan_encode
 from tools.count_ops import OpCounter
+from vae_group.memory import UNUSABLE, bytes_needed
 from vae_group.team import Team
 
 RELEASED = {
@@ -46,6 +49,25 @@ def bfloat16() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+class LargestKernel(TorchDispatchMode):
+    """Notes the most bytes that a convolution or an attention reads (its weights aside) and writes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "convolution" or "attention" in name:
+            read = args[:1] if name == "convolution" else args[:3]
+            written = result if name == "convolution" else result[0]
+            self.bytes = max(self.bytes, sum(x.numel() * x.element_size() for x in (*read, written)))
+        return result
+
+
 def run(vae: AutoencoderKLHunyuanVideo, x: Tensor, plan: ExactPlan) -> None:
     if x.shape[1] == 3:
         exact_encode(vae, x, Team(), plan=plan)
@@ -71,6 +93,9 @@ def test_peak_bytes_and_flops_are_as_counted(
             run(vae, x, plan)
         assert live.live == 0
         assert live.peak <= plan.peak_bytes <= 1.25 * live.peak + CONSTANT, (plan, live.peak)
+        with LargestKernel() as largest:
+            run(vae, x, plan)
+        assert largest.bytes <= plan.at_work_bytes <= 1.1 * largest.bytes, (plan, largest.bytes)
     with FlopCounterMode(display=False) as counter:
         run(vae, x, plan)
     assert plan.flops == pytest.approx(counter.get_total_flops(), rel=0.02)
@@ -107,6 +132,9 @@ def test_720p_takes_a_quarter_of_the_room_on_four_ranks_and_fits_one_24_gb_card(
     alone = plan_decode(RELEASED, LATENTS_720P, 1, 2, memory_bytes=20 * 2**30)
     assert alone.peak_bytes <= 20 * 2**30 and alone.stages[-1].level == Level.STREAM
     assert 3 < alone.flops / fastest[1].flops < 4
+    weights, cuda = 246_478_803 * 2, torch.device("cuda")
+    needs = [bytes_needed(p.peak_bytes, cuda, p.at_work_bytes) for p in decode_plans(RELEASED, LATENTS_720P, 1, 2)]
+    assert min(needs) + weights < 24e9 * (1 - UNUSABLE) < max(needs), "with what kernels may take, and fragments"
 
 
 def test_less_room_is_never_faster_and_always_kept_to() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from pipelines import HunyuanVideoPipeline
 from pipelines.launch import LocalLauncher
-from pipelines.pipeline import check_devices
+from pipelines.start import check_devices
 from videopipe import media
 from videopipe.config import ConfigError, load_config
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from dit_group.denoise import draw_noise
 from pipelines import OpenSoraPlanPipeline
 from pipelines.checkpoint import Checkpoint, CheckpointError
-from pipelines.engine import describe_plan
 from pipelines.explain import explain_config
 from pipelines.launch import LocalLauncher
 from pipelines.models.open_sora_plan_layout import find_folders
@@ -32,6 +31,7 @@ from pipelines.open_sora_plan import (
 from pipelines.open_sora_plan_attention import LayerKernel
 from pipelines.open_sora_plan_family import OpenSoraPlan
 from pipelines.open_sora_plan_parts import OpenSoraPlanDenoiser
+from pipelines.side_car import describe_plan
 from tests.ranks import run_ranks
 from tools.convert_open_sora_plan import convert
 from tools.tiny_open_sora_plan import make_open_sora_plan

@@ -10,13 +10,16 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pipelines.decode_memory import chunks, describe, hunyuan_settings, hunyuan_within, smaller_tiles, wfvae_within
+from pipelines.decode_choices import chunks, describe, hunyuan_settings, smaller_tiles
+from pipelines.decode_memory import hunyuan_within, wfvae_within
+from pipelines.hunyuan_video import HunyuanVideo
 from pipelines.hunyuan_video_tiles import decode_tile, hunyuan_tiled, tile_settings
 from pipelines.models.wf_vae import WFVAEModel
 from pipelines.vae_memory import hunyuan_tile_bytes, hunyuan_tiled_bytes, wf_vae_chunk_bytes
 from tests.tiled_vae import draw_latents, join, reference, small_vae
 from tools.count_ops import OpCounter
-from vae_group.memory import WORKSPACE, Setting, bytes_at_hand, bytes_needed, choose
+from vae_group.memory import WORKSPACE, Setting, bytes_at_hand, bytes_needed, choose, decode_within
+from vae_group.retry import TeamOutOfMemoryError
 from vae_group.team import Part, Team
 from vae_group.tiles import TileSettings
 from videopipe.config import ConfigError, DecodeConfig, load_config
@@ -191,6 +194,23 @@ def test_the_keys_become_tiles() -> None:
         load_config({"decode": {"tile_width": -8}})
 
 
+@pytest.mark.parametrize(
+    ("decode", "message"),
+    [
+        ({"tile_height": 100}, "decode.tile_height=100 must be 8 or a multiple of 8, nearest is 104"),
+        (
+            {"tile_frames": 16, "tile_overlap_frames": 16},
+            "decode.tile_overlap_frames=16 must be smaller than tile_",
+        ),
+    ],
+)
+def test_tiles_that_do_not_meet_are_refused_before_anything_is_loaded(decode: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        HunyuanVideo().check_config(load_config({"decode": decode}))
+    assert str(error.value).startswith(message)
+    HunyuanVideo().check_config(load_config({"decode": {"tile_height": 104, "tile_frames": 16}}))
+
+
 def test_wf_vae_takes_the_longest_chunk_that_fits() -> None:
     assert chunks(24, DecodeConfig(), whole=False) == [4, 2, 1]
     assert chunks(24, DecodeConfig(tile_frames=48), whole=False) == [12, 6, 3, 1]
@@ -213,9 +233,44 @@ def test_wf_vae_takes_the_longest_chunk_that_fits() -> None:
         return decode
 
     with torch.no_grad():
-        whole = join(list(wfvae_within(vae, DecodeConfig(), whole=True, decoder=decoder)(latents, Team())))
+        whole = join(list(wfvae_within(vae, DecodeConfig(), decoder)(latents, Team())))
         limit = wf_vae_chunk_bytes(vae.config, (2, 3, 4), 4)
-        within = wfvae_within(vae, DecodeConfig(memory_limit=limit), whole=True, decoder=decoder)
+        within = wfvae_within(vae, DecodeConfig(memory_limit=limit), decoder)
         chunked = join(list(within(latents, Team())))
     assert used == [5, 2]
     assert torch.allclose(chunked, whole, atol=1e-5)
+
+
+# ---- deterministic runs
+
+
+def running_out(*failing: int) -> list[Setting]:
+    """Three settings that give one frame each; those named have no memory."""
+
+    def of(i: int) -> Setting:
+        def decode(latents: Tensor, team: Team, first_frame: int = 0) -> Iterator[Part]:
+            if i in failing:
+                raise TeamOutOfMemoryError("no memory, says the test")
+            yield Part(video=torch.full((1, 3, 1, 1, 1), float(i)))
+
+        return Setting(name=f"setting {i}", peak_bytes=(100, 60, 20)[i], decoder=decode)
+
+    return [of(i) for i in range(3)]
+
+
+def used(settings: list[Setting], limit: int, *, fixed: bool) -> list[str]:
+    return [part.setting for part in decode_within(settings, torch.zeros(1), Team(), limit, fixed=fixed)]
+
+
+def test_fixed_numbers_come_from_the_limit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert used(running_out(), 0, fixed=True) == ["setting 0"]
+    assert used(running_out(), 70, fixed=True) == used(running_out(), 70, fixed=False) == ["setting 1"]
+    assert used(running_out(0), 0, fixed=False) == ["setting 1"], "otherwise what runs out is tried once more"
+    with pytest.raises(TeamOutOfMemoryError):
+        used(running_out(0), 0, fixed=True)
+    with pytest.raises(TeamOutOfMemoryError):
+        used(running_out(0, 1), 0, fixed=False)
+    monkeypatch.setattr("vae_group.memory.bytes_at_hand", lambda device, limit, team: 50)  # of a device
+    assert used(running_out(), 70, fixed=False) == ["setting 2"]
+    with pytest.raises(ValueError, match=r"memory_limit=70 allows for setting 1, which needs 60 .* nearest is 50"):
+        used(running_out(), 70, fixed=True)

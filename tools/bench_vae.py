@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,13 +20,15 @@ from diffusers import AutoencoderKLHunyuanVideo
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from pipelines.hunyuan_video_exact import exact_decode
 from pipelines.hunyuan_video_exact_plan import plan_decode
 from pipelines.hunyuan_video_tiles import decode_tile, hunyuan_tiled, tile_settings
-from pipelines.models.wf_vae import DEFAULT_DECODE_CHUNK, WFVAEModel
+from pipelines.models.open_sora_plan_layout import DEFAULT_DECODE_CHUNK
+from pipelines.models.wf_vae import WFVAEModel
 from pipelines.vae_memory import hunyuan_tiled_bytes
 from tools.count_ops import OpCounter
 from vae_group.memory import WORKSPACE
-from vae_group.team import Team
+from vae_group.team import Part, Team
 from vae_group.tiled import row_bands
 from vae_group.tiles import TileGrid, TileSettings, assign, next_wave, rows_within, tile_grid
 from videopipe.files import write_bytes
@@ -51,7 +54,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
     shape: str
     how: str
     flops: int
-    moved_bytes: int | None
+    moved_bytes: int
     peak_bytes: int
 
 
@@ -134,9 +137,21 @@ def hunyuan_costs(shape: str) -> Iterator[Cost]:
         yield _sum("diffusers, " + name, shape, done, peak)
     for how, room in (("exact, as fast as it goes", None), (f"exact, in {EXACT_ROOM / 1e9:g} GB", EXACT_ROOM)):
         plan = plan_decode(config, latent, 1, BF16, memory_bytes=room)
+        vae.decoder = decoder
+        exact = count(partial(_exhaust, exact_decode(vae, z, Team(), plan=plan)))
         yield Cost(
-            model="HunyuanVideo", shape=shape, how=how, flops=plan.flops, moved_bytes=None, peak_bytes=plan.peak_bytes
+            model="HunyuanVideo",
+            shape=shape,
+            how=how,
+            flops=plan.flops,
+            moved_bytes=exact.moved,
+            peak_bytes=plan.peak_bytes,
         )
+
+
+def _exhaust(parts: Iterator[Part]) -> None:
+    for part in parts:
+        del part
 
 
 def diffusers_tiles(
@@ -248,10 +263,9 @@ def print_costs(shapes: list[str]) -> list[Cost]:
             for shape in shapes or WF_SHAPES:
                 both = [*(hunyuan_costs(shape) if shape in (shapes or SHAPES) else ()), *wf_costs(shape)]
                 for cost in both:
-                    moved = "-" if cost.moved_bytes is None else f"{cost.moved_bytes / 1e12:.2f} TB"
                     typer.echo(
-                        f"| {cost.model} | {shape} | {cost.how} | {cost.flops / 1e12:.0f} | {moved} | "
-                        f"{cost.peak_bytes / 1e9:.2f} GB |"
+                        f"| {cost.model} | {shape} | {cost.how} | {cost.flops / 1e12:.0f} | "
+                        f"{cost.moved_bytes / 1e12:.2f} TB | {cost.peak_bytes / 1e9:.2f} GB |"
                     )
                 rows += both
     finally:

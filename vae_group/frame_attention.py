@@ -4,11 +4,14 @@ The mask is never made: frame after frame, the queries meet a prefix of the keys
 scores. Memory is that of the keys and values, which every member of a team collects; it keeps its own queries.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vae_group.retry import all_ready
 from vae_group.team import Team
 from videopipe.exchange import gather_tokens
 
@@ -33,7 +36,9 @@ class FramePrefix:
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Keys and values [B, S_local, N*D] of this member's tokens of the next frame; one collective."""
-        pair = gather_tokens(torch.stack([k, v], dim=2), self._token_counts, self._team.group, self._team.member)
+        own, team = torch.stack([k, v], dim=2), self._team
+        ready = partial(all_ready, team, own.device)
+        pair = gather_tokens(own, self._token_counts, team.group, team.member, ready=ready)
         if self._pairs is None:  # all frames at once: growing would copy
             self._pairs = pair.new_empty(pair.shape[0], self._frames, *pair.shape[1:])
         self._pairs[:, self._filled] = pair

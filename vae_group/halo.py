@@ -1,14 +1,17 @@
 """Rows of a frame sharded over a team: neighbours' rows for convolutions, and sums for statistics.
 
 Member m holds `row_counts[m]` rows of every frame, members from top to bottom; counts may differ and may be zero.
+Nobody enters a collective before all members have the memory for it (`vae_group.retry.all_ready`).
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vae_group.retry import all_ready
 from vae_group.team import Team
 from videopipe.exchange import gather_tokens
 from videopipe.partition import offsets
@@ -42,13 +45,16 @@ def neighbour_rows(x: Tensor, above: int, below: int, team: Team, row_counts: tu
     counts = [len(halo(team.member, peer, above, below, row_counts)) for peer in range(team.members)]
     row = B * C * T * W
     received = x.new_empty(sum(counts) * row)
+    sent = torch.cat([part.reshape(-1) for part in outgoing])
+    all_ready(team, x.device)
     dist.all_to_all_single(
         received,
-        torch.cat([part.reshape(-1) for part in outgoing]),
+        sent,
         output_split_sizes=[count * row for count in counts],
         input_split_sizes=[part.numel() for part in outgoing],
         group=team.group,
     )
+    del sent
     blocks = received.split([count * row for count in counts])
     parts = [block.view(B, C, T, count, W) for block, count in zip(blocks, counts, strict=True)]
     return _joined(parts[: team.member], none), _joined(parts[team.member :], none)
@@ -66,7 +72,7 @@ def halo(member: int, peer: int, above: int, below: int, row_counts: Sequence[in
 
 def gather_rows(x: Tensor, team: Team, row_counts: tuple[int, ...]) -> Tensor:
     """All members' rows: [B, C, T, h, W] -> [B, C, T, H, W]; one collective."""
-    return gather_tokens(x, row_counts, team.group, team.member, dim=3)
+    return gather_tokens(x, row_counts, team.group, team.member, dim=3, ready=partial(all_ready, team, x.device))
 
 
 def all_sum(x: Tensor, team: Team) -> Tensor:
@@ -76,7 +82,8 @@ def all_sum(x: Tensor, team: Team) -> Tensor:
     """
     if team.group is None:
         return x
-    gathered = gather_tokens(x.reshape(1, -1), (1,) * team.members, team.group, team.member, dim=0)
+    ready = partial(all_ready, team, x.device)
+    gathered = gather_tokens(x.reshape(1, -1), (1,) * team.members, team.group, team.member, dim=0, ready=ready)
     total = gathered[0].clone()
     for other in gathered[1:]:
         total += other

@@ -15,25 +15,43 @@ from vae_group.team import Part, Team
 log = logging.getLogger(__name__)
 
 WORKSPACE = 1.0
-"""Memory that convolutions' kernels take on a GPU, as a multiple of the tensors alive: kernels that want channels last
-copy what they read and write. An assumption, not yet measured."""
+"""Memory that kernels take for themselves on a GPU, as a multiple of the tensors at work: kernels that want channels
+last copy what they read and write. An assumption, not yet measured."""
 
 UNUSABLE = 0.05
 """Share of a GPU's free memory that the allocator loses to fragments."""
 
 
+SMALLER = 0.75
+"""Once memory has run out, at most this share of it is tried: a little less would run out as well."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One way to decode a clip: in words, the most bytes of tensors alive at once (weights aside), the decoder."""
+    """One way to decode a clip: in words, the most bytes of tensors alive at once (weights aside), the decoder.
+
+    `at_work_bytes`: the most that a single kernel reads and writes of them, None for all of them.
+    """
 
     name: str
     peak_bytes: int
     decoder: RestartableDecoder
+    at_work_bytes: int | None = None
+
+    def needs(self, device: torch.device) -> int:
+        """Bytes that must be free on a device."""
+        return bytes_needed(self.peak_bytes, device, self.at_work_bytes)
 
 
-def bytes_needed(tensor_bytes: int, device: torch.device) -> int:
-    """What must be free on a device so that so many bytes of tensors can be alive in a decode."""
-    return int(tensor_bytes * (1 + WORKSPACE)) if device.type == "cuda" else tensor_bytes
+def bytes_needed(tensor_bytes: int, device: torch.device, at_work_bytes: int | None = None) -> int:
+    """What must be free on a device so that so many bytes of tensors can be alive in a decode.
+
+    Args:
+        at_work_bytes: as in `Setting`.
+    """
+    if device.type != "cuda":
+        return tensor_bytes
+    return tensor_bytes + int(WORKSPACE * (tensor_bytes if at_work_bytes is None else at_work_bytes))
 
 
 def bytes_at_hand(device: torch.device, limit: int, team: Team) -> int:
@@ -61,41 +79,60 @@ def choose(settings: Sequence[Setting], room: int, device: torch.device) -> int:
         ValueError: none fits.
     """
     for i, setting in enumerate(settings):
-        if bytes_needed(setting.peak_bytes, device) <= room:
+        if setting.needs(device) <= room:
             return i
-    least = min(settings, key=lambda s: s.peak_bytes)
-    need = bytes_needed(least.peak_bytes, device)
+    least = min(settings, key=lambda s: s.needs(device))
+    need = least.needs(device)
     raise ValueError(
         f"decode.memory_limit: {room} bytes are too few to decode this clip, nearest is {need} bytes, for {least.name}"
     )
 
 
-def decode_within(settings: Sequence[Setting], latents: Tensor, team: Team, limit: int) -> Iterator[Part]:
-    """Decode with the first setting that fits, and once more with the next one if memory runs out all the same.
+def smaller(settings: Sequence[Setting], chosen: int) -> Setting | None:
+    """What to go on with when memory has run out: the first that needs much less, else the least; None for nothing."""
+    had = settings[chosen].peak_bytes
+    less = [setting for setting in settings[chosen + 1 :] if setting.peak_bytes < had]
+    much_less = [setting for setting in less if setting.peak_bytes <= SMALLER * had]
+    return much_less[0] if much_less else min(less, key=lambda s: s.peak_bytes, default=None)
+
+
+def decode_within(
+    settings: Sequence[Setting], latents: Tensor, team: Team, limit: int, *, fixed: bool = False
+) -> Iterator[Part]:
+    """Decode with the first setting that fits, and once more with a smaller one if memory runs out all the same.
 
     Whenever it is not the first, a warning in the log says so. Each part tells the setting it comes from.
 
     Args:
         settings: the one that is wanted, then ever smaller ones; the same on every member.
         limit: as for `bytes_at_hand`.
+        fixed: the same numbers in every run. The setting is the first that `limit` allows, whatever is free, and it is
+            not changed on the way.
     Raises:
-        ValueError: no setting fits.
-        TeamOutOfMemoryError: memory ran out twice, or with the smallest setting.
+        ValueError: no setting fits; with `fixed`, not that one.
+        TeamOutOfMemoryError: memory ran out twice, with the smallest setting, or once with a `fixed` one.
     """
-    room = bytes_at_hand(latents.device, limit, team)
-    chosen = choose(settings, room, latents.device)
+    device = latents.device
+    room = bytes_at_hand(device, limit, team)
+    chosen = choose(settings, (limit or sys.maxsize) if fixed else room, device)
+    need = settings[chosen].needs(device)
+    if need > room:
+        raise ValueError(
+            f"decode.memory_limit={limit} allows for {settings[chosen].name}, which needs {need} bytes, but {room} are "
+            f"free; schedule.mode='deterministic' takes nothing smaller by itself, nearest is {room}"
+        )
     if chosen:
         log.warning(
             "decoding in %s: %s would need %.2f GB, there are %.2f GB",
             settings[chosen].name,
             settings[0].name,
-            bytes_needed(settings[0].peak_bytes, latents.device) / 1e9,
+            settings[0].needs(device) / 1e9,
             room / 1e9,
         )
     decoder = _telling(settings[chosen])
-    if chosen + 1 < len(settings):
-        smaller = settings[chosen + 1]
-        decoder = with_retry(decoder, _telling(smaller), f"{smaller.name} instead of {settings[chosen].name}")
+    second = None if fixed else smaller(settings, chosen)
+    if second is not None:
+        decoder = with_retry(decoder, _telling(second), f"{second.name} instead of {settings[chosen].name}")
     yield from decoder(latents, team)
 
 

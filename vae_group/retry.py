@@ -26,11 +26,30 @@ class RestartableDecoder(Protocol):
         """Latents [1, C, T', H', W'] -> this member's parts, in the order of time."""
 
 
-def together(team: Team, device: torch.device, work: Callable[[], T]) -> T:
-    """Do one step's work that needs no other member; if any member has no memory for it, all of them raise.
+def all_ready(team: Team, device: torch.device, *, failed: bool = False) -> None:
+    """To be called before each collective of a decode, when the memory for it is there, and with `failed` in place of
+    it where there was none: a very small collective of its own.
 
-    Without this agreement the others would wait in the next collective for a member that never comes. `work` should
-    allocate whatever that collective needs.
+    Without this agreement the others would wait in the collective for a member that never comes. It comes to `together`
+    instead, whose own call meets this one.
+
+    Raises:
+        TeamOutOfMemoryError: on every member, if any of them has failed.
+    """
+    if team.group is None and not failed:
+        return
+    count = torch.tensor([int(failed)], device=device)
+    if team.group is not None:
+        dist.all_reduce(count, group=team.group)
+    if int(count):
+        raise TeamOutOfMemoryError(f"{int(count)} of {team.members} ranks ran out of memory while decoding")
+
+
+def together(team: Team, device: torch.device, work: Callable[[], T]) -> T:
+    """Do one step's work; if any member has no memory for it, all of them raise.
+
+    `work` either needs no other member, or calls `all_ready` before each of its collectives. It should allocate
+    whatever the collective after it needs.
 
     Raises:
         TeamOutOfMemoryError: on every member.
@@ -38,11 +57,7 @@ def together(team: Team, device: torch.device, work: Callable[[], T]) -> T:
     done = _attempt(work)
     if not done and device.type == "cuda":
         torch.cuda.empty_cache()
-    count = torch.tensor([1 - len(done)], device=device)
-    if team.group is not None:
-        dist.all_reduce(count, group=team.group)
-    if int(count):
-        raise TeamOutOfMemoryError(f"{int(count)} of {team.members} ranks ran out of memory while decoding")
+    all_ready(team, device, failed=not done)
     return done[0]
 
 
@@ -50,8 +65,18 @@ def _attempt(work: Callable[[], T]) -> list[T]:
     """The result as a list of one; empty where there was no memory."""
     try:
         return [work()]
-    except torch.OutOfMemoryError:  # its traceback, which holds tensors, is gone once this function returns
-        return []
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return []  # the error's traceback, which holds tensors, is gone by then
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether this process had no memory: on the device, in Python, in torch's allocator on the CPU, in a library."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def with_retry(first: RestartableDecoder, second: RestartableDecoder, what: str) -> RestartableDecoder:
@@ -81,16 +106,10 @@ def with_retry(first: RestartableDecoder, second: RestartableDecoder, what: str)
 
 
 def from_the_start(decoder: PartDecoder) -> RestartableDecoder:
-    """A decoder that knows no other beginning, whose lack of memory is found on a team of one only.
-
-    Where a decoder of several members exchanges rows in every layer, they cannot agree in the middle of one.
-    """
+    """A decoder that knows no other beginning; its collectives are preceded by `all_ready`, where it has any."""
 
     def decode(latents: Tensor, team: Team, first_frame: int = 0) -> Iterator[Part]:
         parts = decoder(latents, team)
-        if team.members > 1:
-            yield from parts
-            return
         while (part := together(team, latents.device, lambda: next(parts, None))) is not None:
             yield part
             del part

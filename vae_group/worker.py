@@ -30,6 +30,9 @@ class Decoder(Protocol):
     def parts(self, latents: Tensor) -> Iterator[Part]:
         """Latents [1, C, T', H', W'] float32 on the host -> this member's parts, see `vae_group.team.PartDecoder`."""
 
+    def memory_facts(self) -> dict[str, Any]:
+        """What of the VAE tells how much memory a decode takes, in plain values: `families.Family.decode_choices`."""
+
     def to_frames(self, video: Tensor, dtype: torch.dtype) -> Tensor:
         """The video [1, 3, t, h, W] of a part -> frames [t, h, W, 3] of `dtype`, uint8 or float32, on its device."""
 

@@ -135,13 +135,15 @@ class DecodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `exact`: the untiled result, whatever the ranks and the chunks; without it that of the model's reference
     implementation, which for HunyuanVideo is tiled in time.
     `tiling` decodes in spatial tiles as diffusers' `enable_tiling` does; the time tiles are the model's own default.
+    Without it whole pictures are wanted, and tiles are taken where those do not fit the memory.
     `tile_*`: height and width in px and frames of a tile, and how much of it the next one overlaps; 0 for the preset's
     own, and for a quarter of a tile whose size is given. A height or width switches spatial tiles on. For
     Open-Sora-Plan, whose chunks of time do not change the result, only `tile_frames` has a meaning.
     `tile_preset`: `default` are the model's own tiles, `official` those of HunyuanVideo's own code (64 frames, of which
     16 overlap), `largest` the largest that fit the memory. Whatever is asked for, smaller tiles are taken where it does
-    not fit, and the log says so.
-    `memory_limit`: bytes that a decode may take on a device, weights aside; 0 for all that is free.
+    not fit, and the log says so; they give other numbers, which `exact` never does.
+    `memory_limit`: bytes that a decode may take on a device, weights aside; 0 for all that is free. With
+    `schedule.mode = "deterministic"` it alone decides how much smaller, whatever is free, so that numbers stay.
     """
 
     mode: Literal["clip", "tiles", "stream"] = "clip"

@@ -1,7 +1,7 @@
 """The one exchange: an all-to-all between two views of the same activations, with any counts for each member."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -214,6 +214,7 @@ def start_gather_tokens(
     member: int,
     dim: int = 1,
     buffers: Buffers | None = None,
+    ready: Callable[[], None] | None = None,
 ) -> PendingExchange:
     """Begin to make a sharded tensor whole on every member.
 
@@ -221,6 +222,7 @@ def start_gather_tokens(
         x: this member's shard; size `token_counts[member]` along `dim`.
         token_counts: tokens of each member; may differ, may be zero.
         group: None for one member.
+        ready: called when all memory is there, right before tensors travel; what it raises ends the exchange.
     Returns:
         What will be the whole tensor, size sum(token_counts) along `dim`, shards in member order.
     """
@@ -231,15 +233,22 @@ def start_gather_tokens(
     # an all-to-all in which everybody gets the same: gloo rejects an uneven all_gather, and is slower at an even one
     sent = _pack([x] * len(token_counts), buffers)
     arriving = [math.prod(shape) for shape in shapes]
-    work, received = _all_to_all(sent, [x.numel()] * len(token_counts), arriving, group, buffers)
+    work, received = _all_to_all(sent, [x.numel()] * len(token_counts), arriving, group, buffers, ready)
     return PendingExchange(work, sent, received, shapes, dim, packed=True, buffers=buffers)
 
 
-def gather_tokens(x: Tensor, token_counts: Sequence[int], group: Group | None, member: int, dim: int = 1) -> Tensor:
+def gather_tokens(
+    x: Tensor,
+    token_counts: Sequence[int],
+    group: Group | None,
+    member: int,
+    dim: int = 1,
+    ready: Callable[[], None] | None = None,
+) -> Tensor:
     """As `start_gather_tokens`, blocking; with one member the tensor itself."""
     if group is None:
         return x
-    return start_gather_tokens(x, token_counts, group, member, dim).wait()
+    return start_gather_tokens(x, token_counts, group, member, dim, ready=ready).wait()
 
 
 def exchange_tokens(
@@ -294,12 +303,19 @@ def start_take_from_previous(
 
 
 def _all_to_all(
-    sent: Tensor, leaving: list[int], arriving: list[int], group: Group, buffers: Buffers | None
+    sent: Tensor,
+    leaving: list[int],
+    arriving: list[int],
+    group: Group,
+    buffers: Buffers | None,
+    ready: Callable[[], None] | None = None,
 ) -> tuple[dist.Work | None, Tensor]:
     """Begin to send `leaving[peer]` elements to each member; what will be the received ones lie in member order."""
     if isinstance(group, Subset):
         leaving, arriving, group = group.spread(leaving), group.spread(arriving), group.group
     received = _take(sum(arriving), sent, buffers)
+    if ready is not None:
+        ready()
     work = dist.all_to_all_single(
         received, sent, output_split_sizes=arriving, input_split_sizes=leaving, group=group, async_op=True
     )

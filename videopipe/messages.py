@@ -1,6 +1,6 @@
 """What the engine and the ranks say to each other: small typed structs as MessagePack; tensors travel beside them."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -178,10 +178,18 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     device_name: str = ""
 
 
+class LoadedDecoder(msgspec.Struct, frozen=True, kw_only=True):
+    """What a decode on this rank depends on: bytes free on its device, and what of the VAE tells how many it takes."""
+
+    room_bytes: int
+    vae: dict[str, Any]
+
+
 class PartsLoaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The parts are loaded; bytes of weights by part."""
+    """The parts are loaded; bytes of weights by part, and the decoder, where there is one."""
 
     weight_bytes: dict[str, int]
+    decoder: LoadedDecoder | None = None
 
 
 class PromptEncoded(msgspec.Struct, frozen=True, kw_only=True, tag=True):

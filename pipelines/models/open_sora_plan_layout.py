@@ -1,4 +1,5 @@
-"""Where the parts of an Open-Sora-Plan checkpoint lie, and which step counts its sampler knows: no tensors needed."""
+"""Where the parts of an Open-Sora-Plan checkpoint lie, which step counts its sampler knows, its VAE's strides: no
+tensors needed."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,6 +9,9 @@ TRANSFORMER_FOLDERS = ("transformer", "any93x640x640")
 VAE_FOLDERS = ("vae",)
 TEXT_ENCODER_FOLDERS = ("text_encoder", "mt5-xxl", "google/mt5-xxl")
 TOKENIZER_FOLDERS = ("tokenizer", *TEXT_ENCODER_FOLDERS)
+STRIDE_T = 4  # frames in a latent frame, but for the first
+STRIDE_S = 8  # px in a latent row or column
+DEFAULT_DECODE_CHUNK = 4  # latent frames
 MAX_STEPS = 285  # more would take a step up in sigma near the start: NaN
 
 

@@ -23,6 +23,7 @@ from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from pipelines.models.open_sora_plan_layout import DEFAULT_DECODE_CHUNK, STRIDE_S, STRIDE_T
 from pipelines.models.wf_vae_layers import (
     CausalConv3d,
     Downsample,
@@ -42,10 +43,7 @@ from pipelines.models.wf_vae_layers import (
     run,
 )
 
-STRIDE_T = 4
-STRIDE_S = 8
 DEFAULT_ENCODE_CHUNK = 8
-DEFAULT_DECODE_CHUNK = 4
 
 _FIXED_BLOCKS = {
     "l1_dowmsample_block": "Downsample",
