@@ -32,6 +32,7 @@ from tests.test_cfg_parallel import (
 )
 from tests.test_sharded_dit import relative
 from tests.test_shards import osp_denoiser
+from tests.traffic import watched
 from tools.make_tiny_checkpoint import make_hunyuan_video
 from videopipe.arrangement import Arrangement
 from videopipe.config import ConfigError, load_config
@@ -284,7 +285,8 @@ def same_bits(runtime: Runtime, hunyuan_path: str, osp_path: str) -> int:
     """Latents of guided requests, in turns and one evaluation after the other."""
     ranks, compared = len(runtime.dit_ranks), 0
 
-    def hunyuan(ping_pong: str, **attention: Any) -> Tensor:
+    def hunyuan(ping_pong: str, **attention: Any) -> tuple[Tensor, int]:
+        """Latents, and the bytes that this rank sent."""
         modulated = attention.pop("modulated", False)
         config = load_config(
             {
@@ -294,7 +296,9 @@ def same_bits(runtime: Runtime, hunyuan_path: str, osp_path: str) -> int:
                 "memory": {"precompute_modulation": modulated},
             }
         )
-        return finish(start_hunyuan(HunyuanVideoDenoiser(Checkpoint(hunyuan_path), config, runtime), GUIDED))
+        denoiser = HunyuanVideoDenoiser(Checkpoint(hunyuan_path), config, runtime)
+        with watched() as traffic:
+            return finish(start_hunyuan(denoiser, GUIDED)), traffic.sent()
 
     for way in (
         {},
@@ -302,7 +306,8 @@ def same_bits(runtime: Runtime, hunyuan_path: str, osp_path: str) -> int:
         {"balance": "rows", "heads_per_chunk": 2, "modulated": True},
         {"strategy": "ring"},
     ):
-        assert torch.equal(hunyuan("on", **way), hunyuan("off", **way)), way
+        (in_turns, sent), (one_by_one, expected) = hunyuan("on", **way), hunyuan("off", **way)
+        assert torch.equal(in_turns, one_by_one) and sent == expected > 0, way
         compared += 1
 
     def one_row_after_the_other(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -316,10 +321,10 @@ def same_bits(runtime: Runtime, hunyuan_path: str, osp_path: str) -> int:
                 patch.setattr(Turns, "hand_over", lambda self: None)
             return finish(start_osp(denoiser))
 
-    in_turns = osp()
-    assert torch.equal(in_turns, osp(plain=True))
+    rows_in_turns = osp()
+    assert torch.equal(rows_in_turns, osp(plain=True))
     as_batch = finish(start_osp(osp_denoiser(osp_path, runtime)))
-    assert relative(in_turns, as_batch) <= 1e-5
+    assert relative(rows_in_turns, as_batch) <= 1e-5
     leave(runtime)
     return compared
 
