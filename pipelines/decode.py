@@ -3,6 +3,7 @@
 import datetime
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -10,10 +11,13 @@ import torch
 from torch import Tensor
 
 from pipelines.checkpoint import open_checkpoint
+from pipelines.decode_room import DecodeRoom
 from pipelines.families import load_family
 from pipelines.side_car import decoded_in, versions
 from pipelines.start import resolve_device
 from vae_group.decode import to_host
+from vae_group.memory import bytes_at_hand
+from vae_group.team import Team
 from videopipe.config import load_config
 from videopipe.media import latents_hash, read_latents, read_side_car, side_car_path
 from videopipe.records import StageTime
@@ -32,8 +36,8 @@ def decode_latents(path: Path, overrides: Iterable[str] = ()) -> RenderResult:
     Returns:
         Frames, to be saved.
     Raises:
-        ValueError: the file is not what its side-car tells, the configuration cannot run here, or the format asked for
-            cannot hold the clip.
+        ValueError: the file is not what its side-car tells, the configuration cannot run here, there is no room for the
+            clip, or the format asked for cannot hold it.
         OSError: a file cannot be read.
     """
     side_car = read_side_car(side_car_path(path.with_suffix("")))
@@ -47,7 +51,11 @@ def decode_latents(path: Path, overrides: Iterable[str] = ()) -> RenderResult:
     device = torch.device(resolve_device(config))
     runtime = start_runtime(rank=0, world_size=1, dit_ranks=(0,), device=device, store=None, decode_teams=((0,),))
     checkpoint = open_checkpoint(config.model)
-    decoder = load_family(config.model.family).load_decoder(checkpoint, config, runtime)
+    family = load_family(config.model.family)
+    decoder = family.load_decoder(checkpoint, config, runtime)
+    choices = partial(family.decode_choices, decoder.memory_facts(), config, 1)
+    rooms = {0: bytes_at_hand(device, 0, Team())}
+    DecodeRoom(config, family.facts(checkpoint).geometry, choices, rooms, device).check(side_car.request)
     begin = time.monotonic()
     parts, settings = list[Tensor](), list[str]()
     for part in decoder.parts(latents):

@@ -552,7 +552,7 @@ class Engine:
         family = load_family(self.config.model.family)
         vae = next(iter(self._decoders.values())).vae
         rooms = {rank: decoder.room_bytes for rank, decoder in self._decoders.items()}
-        choices = partial(family.decode_choices, vae, self.config)
+        choices = partial(family.decode_choices, vae, self.config, len(self.config.decode_teams[0]))
         return DecodeRoom(self.config, self.facts.geometry, choices, rooms, self._device)
 
     def _end_decode(self, rank: int, message: wire.ResultReady, now: float) -> None:

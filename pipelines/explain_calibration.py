@@ -42,8 +42,9 @@ def measure(config: Config, request: VideoRequest) -> Calibration:
     """
     if not config.calibrates:
         raise ConfigError(
-            "--calibrate has nothing to measure: of attention.heads_per_chunk, attention.balance and "
-            "attention.co_processing none is 'auto' where several ranks could share heads and schedule.mode is 'fast'; "
+            "--calibrate has nothing to measure: of attention.heads_per_chunk, attention.balance, "
+            "attention.co_processing and attention.ping_pong none is 'auto' where several ranks could share heads and "
+            "schedule.mode is 'fast'; "
             "nearest is --set attention.heads_per_chunk=auto"
         )
     with VideoPipeline.start(config) as pipe:
@@ -60,11 +61,12 @@ def render(choice: Choice, calibration: Calibration | None) -> list[str]:
         )
     else:
         shape = calibration.shape
+        guidance = {"none": "", "halves": ", a branch on each half", "pair": ", two branches"}[shape.guidance]
         near = ", the nearest size that was measured" if choice.source == "nearest" else ""
         lines += [
             (
-                f"times         of {shape.num_video:,} video and {shape.num_text} text tokens, batch {shape.rows}{near}"
-                f"; measured in {calibration.seconds:.1f} s"
+                f"times         of {shape.num_video:,} video and {shape.num_text} text tokens, batch {shape.rows}"
+                f"{guidance}{near}; measured in {calibration.seconds:.1f} s"
             ),
             f"linear        {_ms(calibration.linear_s)}: a layer without attention and exchange",
             "",

@@ -123,11 +123,14 @@ class Family(Protocol):
             None for a part that nobody knows the size of.
         """
 
-    def decode_choices(self, vae: Mapping[str, Any], config: Config, latent: Latent) -> Iterator[Choice[Any]]:
-        """The ways to decode latents of (T', H', W') with the configured teams, the wanted one first.
+    def decode_choices(
+        self, vae: Mapping[str, Any], config: Config, members: int, latent: Latent
+    ) -> Iterator[Choice[Any]]:
+        """The ways to decode latents of (T', H', W'), the wanted one first.
 
         Args:
             vae: the decoder's `memory_facts`.
+            members: ranks that decode a clip together.
         """
 
     def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:

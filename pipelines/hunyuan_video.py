@@ -146,9 +146,11 @@ class HunyuanVideo:
         sizes = {p: None if n is None else n * part_dtype(config, p).itemsize for p, n in counts.items()}
         return sizes, source
 
-    def decode_choices(self, vae: Mapping[str, Any], config: Config, latent: Latent) -> Iterator[Choice[Any]]:
+    def decode_choices(
+        self, vae: Mapping[str, Any], config: Config, members: int, latent: Latent
+    ) -> Iterator[Choice[Any]]:
         """In tiles, or by plans of the exact decode."""
-        members, item_bytes = len(config.decode_teams[0]), part_dtype(config, "decoder").itemsize
+        item_bytes = part_dtype(config, "decoder").itemsize
         if config.decode.exact:
             return hunyuan_exact_choices(vae, latent, members, item_bytes)
         strides = (vae["temporal_compression_ratio"], vae["spatial_compression_ratio"])

@@ -214,10 +214,11 @@ class OpenSoraPlan:
         found = loaded_bytes(find_folders(Path(checkpoint.location)), *dtypes)
         return dict(zip(parts, found, strict=True)), f"the config files of {checkpoint.location}"
 
-    def decode_choices(self, vae: Mapping[str, Any], config: Config, latent: Latent) -> Iterator[Choice[Any]]:
+    def decode_choices(
+        self, vae: Mapping[str, Any], config: Config, members: int, latent: Latent
+    ) -> Iterator[Choice[Any]]:
         """In chunks of time."""
-        item_bytes = part_dtype(config, "decoder").itemsize
-        return wf_vae_choices(vae, config.decode, latent, len(config.decode_teams[0]), item_bytes)
+        return wf_vae_choices(vae, config.decode, latent, members, part_dtype(config, "decoder").itemsize)
 
     def layout(self, facts: ModelFacts, num_video: int, members: int) -> FamilyLayout | None:
         """By groups of skip-sparse attention, see `pipelines.skip_sparse_layout`."""

@@ -342,7 +342,7 @@ class _HeartbeatThread(threading.Thread):
         client = ControlClient(self._spec.endpoint, self._spec.token, self._spec.rank, channel="beat")
         while not self._stop_event.wait(HEARTBEAT_S):
             current = self._recorder.current()
-            waiting, where = self._where()
+            waiting, where = _whereabouts(self._main)
             client.send(
                 Envelope(
                     message=Heartbeat(
@@ -358,16 +358,6 @@ class _HeartbeatThread(threading.Thread):
             )
         client.close()
 
-    def _where(self) -> tuple[bool, str]:
-        """As `_locate`, of the main thread, or of the evaluation that runs while that one has handed over."""
-        frames = sys._current_frames()
-        found = _locate(frames.get(self._main))
-        if found[1].startswith(HANDING_OVER):
-            for thread in threading.enumerate():
-                if thread.name == SECOND_EVALUATION and thread.ident is not None:
-                    return _locate(frames.get(thread.ident))
-        return found
-
     def stop(self) -> None:
         """End the thread and wait for it."""
         self._stop_event.set()
@@ -376,6 +366,17 @@ class _HeartbeatThread(threading.Thread):
 
 HANDING_OVER = "dit_group/ping_pong.py"
 _OURS = ("videopipe/", "dit_group/", "vae_group/", "pipelines/")
+
+
+def _whereabouts(main: int) -> tuple[bool, str]:
+    """As `_locate`, of this thread, or of the evaluation that runs while this one has handed over."""
+    frames = sys._current_frames()
+    found = _locate(frames.get(main))
+    if found[1].startswith(HANDING_OVER):
+        for thread in threading.enumerate():
+            if thread.name == SECOND_EVALUATION and thread.ident is not None:
+                return _locate(frames.get(thread.ident))
+    return found
 
 
 def _locate(frame: FrameType | None) -> tuple[bool, str]:

@@ -80,21 +80,31 @@ def test_clips_are_the_same_with_help(
         assert lent == set(range(dit_ranks, dit_ranks + vae_ranks))
 
 
+def float_frames(pipe: HunyuanVideoPipeline) -> torch.Tensor:
+    """In 0..1, of short clips that are decoded while others are denoised, which takes longer."""
+    prompts = [request.prompt for request in requests(5)]
+    size = {"height": SPEC.height, "width": SPEC.width, "num_frames": 5}
+    return torch.as_tensor(pipe(prompts, **size, num_inference_steps=12, seed=3, output_type="np").frames)
+
+
 def test_help_goes_on_and_off_with_real_decodes(tiny_checkpoint: Path, launcher: LocalLauncher) -> None:
-    with HunyuanVideoPipeline.from_pretrained(
-        tiny_checkpoint,
-        dit_ranks=2,
-        vae_ranks=1,
-        overrides=["attention.co_processing=on", "runtime.threads_per_rank=1"],
-        launcher=launcher,
-    ) as pipe:
-        assert len(list(pipe.render(requests(8)))) == 8
-        spans = pipe.trace.spans
-    steps = sum(span.stage == "denoise" and span.rank == 0 for span in spans)
-    helped = sum(span.stage == "assist" for span in spans)
-    assert 0 < helped < steps  # some steps ran while the rank decoded
+    found, spans = {}, []
+    for way in ("off", "on"):
+        overrides = [f"attention.co_processing={way}", "runtime.threads_per_rank=1"]
+        with HunyuanVideoPipeline.from_pretrained(
+            tiny_checkpoint, dit_ranks=2, vae_ranks=1, overrides=overrides, launcher=launcher
+        ) as pipe:
+            found[way] = float_frames(pipe)
+            spans = pipe.trace.spans
+    steps = sorted((s.start_ns, s.request, s.step) for s in spans if s.stage == "denoise" and s.rank == 0)
+    helped = {(s.request, s.step) for s in spans if s.stage == "assist"}
+    assert 0 < len(helped) < len(steps)  # some steps ran while the rank decoded
+    switches = sum((a[1:] in helped) != (b[1:] in helped) for a, b in pairwise(steps))
+    assert switches >= 3, switches
     busy = sorted((s.start_ns, s.end_ns) for s in spans if s.rank == 2 and s.stage in ("assist", "decode"))
     assert all(a[1] <= b[0] for a, b in pairwise(busy))  # never both at once
+    assert float((found["on"] - found["off"]).abs().max()) <= 1e-5
+    assert float((found["on"].roll(1, 0) - found["off"]).abs().max()) > 1e-3, "clips differ"
 
 
 def test_help_needs_a_vae_group() -> None:

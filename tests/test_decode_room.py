@@ -45,7 +45,8 @@ def room_of(*rooms: float, family: str = "hunyuan-video", device: torch.device =
          "groups": {"vae_ranks": len(rooms)}}
     )  # fmt: skip
     osp = family == "open-sora-plan"
-    choices = partial(load_family(family).decode_choices, WF_VAE if osp else HUNYUAN, config)
+    vae, members = WF_VAE if osp else HUNYUAN, len(config.decode_teams[0])
+    choices = partial(load_family(family).decode_choices, vae, config, members)
     geometry = GEOMETRY if osp else HunyuanVideo.published.facts.geometry
     return DecodeRoom(config, geometry, choices, {i + 1: int(room) for i, room in enumerate(rooms)}, device)
 
@@ -121,7 +122,7 @@ def test_deterministic_runs_take_what_the_configuration_says_whatever_is_free() 
 
 def test_a_cpu_has_no_kernels_that_take_memory_of_their_own() -> None:
     config = load_config({"model": {"dtype": "bfloat16"}})
-    (first, *_) = load_family("hunyuan-video").decode_choices(HUNYUAN, config, (33, 90, 160))
+    (first, *_) = load_family("hunyuan-video").decode_choices(HUNYUAN, config, 1, (33, 90, 160))
     room = first.peak_bytes
     assert bytes_needed(room, CUDA) > room
     fixed = {"schedule": "deterministic"}
@@ -158,7 +159,7 @@ def test_a_clip_without_room_is_refused_and_the_others_go_on(
 ) -> None:
     config = {"decode": {"exact": True, "mode": mode}, "groups": {"vae_ranks": vae}, "runtime": {"threads_per_rank": 1}}
     facts = AutoencoderKLHunyuanVideo.load_config(tiny_checkpoint, subfolder="vae")
-    (*_, last) = HunyuanVideo().decode_choices(facts, load_config(config), (3, 8, 6))
+    (*_, last) = HunyuanVideo().decode_choices(facts, load_config(config), vae, (3, 8, 6))
     limit = f"decode.memory_limit={last.peak_bytes}"
     with HunyuanVideoPipeline.from_pretrained(
         tiny_checkpoint, config=config, overrides=[limit], launcher=launcher

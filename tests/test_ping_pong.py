@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from pipelines.checkpoint import Checkpoint
 from pipelines.hunyuan_video_parts import HunyuanVideoDenoiser
 from pipelines.noise_floor import RankLayout, with_layout
 from pipelines.open_sora_plan_attention import GroupParallel
+from pipelines.rank import _whereabouts
 from tests.ranks import RanksError, leave, run_ranks
 from tests.test_cfg_parallel import (
     GUIDED,
@@ -32,9 +33,11 @@ from tests.test_cfg_parallel import (
 )
 from tests.test_sharded_dit import relative
 from tests.test_shards import osp_denoiser
+from tests.traffic import watched
 from tools.make_tiny_checkpoint import make_hunyuan_video
 from videopipe.arrangement import Arrangement
 from videopipe.config import ConfigError, load_config
+from videopipe.exchange import PendingExchange
 from videopipe.partition import Mesh, split_evenly
 from videopipe.runtime import Runtime
 
@@ -141,6 +144,34 @@ def test_the_second_one_records_gradients_as_the_first_one_does() -> None:
     for enabled in (True, False):
         with torch.set_grad_enabled(enabled):
             assert Turns((), CPU).run(torch.is_grad_enabled, torch.is_grad_enabled) == (enabled, enabled)
+
+
+class LookedAt:
+    """A transfer that a watcher looks at while it is waited for."""
+
+    def __init__(self, main: int) -> None:
+        self._main = main
+        self.found: list[tuple[bool, str]] = []
+
+    def wait(self) -> None:
+        watcher = threading.Thread(target=lambda: self.found.append(_whereabouts(self._main)))
+        watcher.start()
+        watcher.join()
+
+
+def test_a_heartbeat_tells_where_the_evaluation_is_that_runs() -> None:
+    x = torch.zeros(1, 1)
+    looked_at = [LookedAt(threading.get_ident()) for _ in range(2)]
+    turns: Turns[None] = Turns((), CPU)
+
+    def wait_in(work: LookedAt) -> None:
+        PendingExchange(cast(dist.Work, work), x, x, [(1, 1)], 1).wait()
+        turns.hand_over()
+
+    turns.run(lambda: wait_in(looked_at[0]), lambda: wait_in(looked_at[1]))
+    for work in looked_at:
+        [(waiting, where)] = work.found
+        assert waiting and where.startswith("videopipe/exchange.py"), where
 
 
 # -- every way to move heads, members and helpers
@@ -284,7 +315,8 @@ def same_bits(runtime: Runtime, hunyuan_path: str, osp_path: str) -> int:
     """Latents of guided requests, in turns and one evaluation after the other."""
     ranks, compared = len(runtime.dit_ranks), 0
 
-    def hunyuan(ping_pong: str, **attention: Any) -> Tensor:
+    def hunyuan(ping_pong: str, **attention: Any) -> tuple[Tensor, int]:
+        """Latents, and the bytes that this rank sent."""
         modulated = attention.pop("modulated", False)
         config = load_config(
             {
@@ -294,7 +326,9 @@ def same_bits(runtime: Runtime, hunyuan_path: str, osp_path: str) -> int:
                 "memory": {"precompute_modulation": modulated},
             }
         )
-        return finish(start_hunyuan(HunyuanVideoDenoiser(Checkpoint(hunyuan_path), config, runtime), GUIDED))
+        denoiser = HunyuanVideoDenoiser(Checkpoint(hunyuan_path), config, runtime)
+        with watched() as traffic:
+            return finish(start_hunyuan(denoiser, GUIDED)), traffic.sent()
 
     for way in (
         {},
@@ -302,7 +336,8 @@ def same_bits(runtime: Runtime, hunyuan_path: str, osp_path: str) -> int:
         {"balance": "rows", "heads_per_chunk": 2, "modulated": True},
         {"strategy": "ring"},
     ):
-        assert torch.equal(hunyuan("on", **way), hunyuan("off", **way)), way
+        (in_turns, sent), (one_by_one, expected) = hunyuan("on", **way), hunyuan("off", **way)
+        assert torch.equal(in_turns, one_by_one) and sent == expected > 0, way
         compared += 1
 
     def one_row_after_the_other(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
@@ -316,10 +351,10 @@ def same_bits(runtime: Runtime, hunyuan_path: str, osp_path: str) -> int:
                 patch.setattr(Turns, "hand_over", lambda self: None)
             return finish(start_osp(denoiser))
 
-    in_turns = osp()
-    assert torch.equal(in_turns, osp(plain=True))
+    rows_in_turns = osp()
+    assert torch.equal(rows_in_turns, osp(plain=True))
     as_batch = finish(start_osp(osp_denoiser(osp_path, runtime)))
-    assert relative(in_turns, as_batch) <= 1e-5
+    assert relative(rows_in_turns, as_batch) <= 1e-5
     leave(runtime)
     return compared
 

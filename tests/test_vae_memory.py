@@ -272,5 +272,16 @@ def test_fixed_numbers_come_from_the_limit_alone(monkeypatch: pytest.MonkeyPatch
         used(running_out(0, 1), 0, fixed=False)
     monkeypatch.setattr("vae_group.memory.bytes_at_hand", lambda device, limit, team: 50)  # of a device
     assert used(running_out(), 70, fixed=False) == ["setting 2"]
-    with pytest.raises(ValueError, match=r"memory_limit=70 allows for setting 1, which needs 60 .* nearest is 50"):
-        used(running_out(), 70, fixed=True)
+    assert used(running_out(), 70, fixed=True) == ["setting 1"]
+
+
+def test_where_nothing_fits_any_more_the_least_is_tried(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("vae_group.memory.bytes_at_hand", lambda device, limit, team: 10)
+    assert used(running_out(), 0, fixed=False) == ["setting 2"]
+    assert "decoding in setting 2, which needs 0.00 GB: setting 0 would need" in caplog.text
+    with pytest.raises(TeamOutOfMemoryError):
+        used(running_out(2), 0, fixed=False)
+    with pytest.raises(ValueError, match="19 bytes are too few"):
+        used(running_out(), 19, fixed=False)

@@ -194,6 +194,9 @@ def test_the_command_of_the_error_makes_the_same_clip(
     assert (side_car.format, side_car.output, side_car.latents_sha256) == ("mp4", "a-1.mp4", None)
     assert cli.run([*arguments, "--output-format=npy"]) == 0
     assert np.load(tmp_path / "out" / "a-1.npy").shape == (9, 32, 48, 3)
+    capsys.readouterr()
+    assert cli.run([*arguments, "--set=decode.memory_limit=1000"]) == 2
+    assert "decode.memory_limit=1000 bytes are too few to decode 'a-1', 9 frames of 32x48 px" in capsys.readouterr().err
 
 
 def test_latents_that_are_not_those_of_their_side_car_are_refused(

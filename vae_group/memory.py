@@ -101,7 +101,9 @@ def decode_within(
 ) -> Iterator[Part]:
     """Decode with the first setting that fits, and once more with a smaller one if memory runs out all the same.
 
-    Whenever it is not the first, a warning in the log says so. Each part tells the setting it comes from.
+    Whenever it is not the first, a warning in the log says so. Each part tells the setting it comes from. Where none
+    fits into what is free, the least is tried: what is known beforehand is an estimate, and other clips are under way.
+    Whether a clip can be decoded at all is asked before it is rendered.
 
     Args:
         settings: the one that is wanted, then ever smaller ones; the same on every member.
@@ -109,24 +111,22 @@ def decode_within(
         fixed: the same numbers in every run. The setting is the first that `limit` allows, whatever is free, and it is
             not changed on the way.
     Raises:
-        ValueError: no setting fits; with `fixed`, not that one.
+        ValueError: `limit` allows for no setting.
         TeamOutOfMemoryError: memory ran out twice, with the smallest setting, or once with a `fixed` one.
     """
     device = latents.device
     room = bytes_at_hand(device, limit, team)
-    chosen = choose(settings, (limit or sys.maxsize) if fixed else room, device)
-    need = settings[chosen].needs(device)
-    if need > room:
-        raise ValueError(
-            f"decode.memory_limit={limit} allows for {settings[chosen].name}, which needs {need} bytes, but {room} are "
-            f"free; schedule.mode='deterministic' takes nothing smaller by itself, nearest is {room}"
-        )
-    if chosen:
+    needs = [setting.needs(device) for setting in settings]
+    chosen = choose(settings, limit or sys.maxsize, device)
+    if not fixed:
+        chosen = next((i for i, need in enumerate(needs) if need <= room), needs.index(min(needs)))
+    if chosen or needs[chosen] > room:
         log.warning(
-            "decoding in %s: %s would need %.2f GB, there are %.2f GB",
+            "decoding in %s, which needs %.2f GB: %s would need %.2f GB, there are %.2f GB",
             settings[chosen].name,
+            needs[chosen] / 1e9,
             settings[0].name,
-            settings[0].needs(device) / 1e9,
+            needs[0] / 1e9,
             room / 1e9,
         )
     decoder = _telling(settings[chosen])
