@@ -15,7 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from pipelines import OpenSoraPlanPipeline
 from pipelines.launch import LocalLauncher
+from pipelines.models.open_sora_plan import skip_sparse_attention
 from pipelines.models.open_sora_plan_loading import load_tokenizer
+from pipelines.models.skip_sparse import SkipSparse
 from pipelines.models.zero_snr_scheduler import make_scheduler
 from pipelines.open_sora_plan import (
     NEGATIVE_PROMPT,
@@ -33,6 +35,7 @@ from tools.demo_model import num_parameters
 from tools.demo_open_sora_plan import (
     DIT_SHAPES,
     MAX_BYTES,
+    TEXT_TOKENS,
     VAE_SHAPES,
     build_text_encoder,
     build_transformer,
@@ -45,7 +48,16 @@ from tools.demo_open_sora_plan import (
 )
 from tools.moving_shapes import caption, scene_at
 from tools.train_demo_model import Compute, Recipe, noise_levels, open_run, slim
-from tools.train_demo_open_sora_plan import TEXT_TOKENS, dit_loss, main, timesteps, train_dit, train_vae, vae_loss
+from tools.train_demo_open_sora_plan import (
+    dit_loss,
+    main,
+    plain_attention,
+    prepare_for_cpu,
+    timesteps,
+    train_dit,
+    train_vae,
+    vae_loss,
+)
 from videopipe.geometry import VideoSpec
 
 SPEC = VideoSpec(height=32, width=32, num_frames=5)
@@ -236,6 +248,43 @@ def test_half_of_the_timesteps_have_the_first_models_noise() -> None:
     assert abs(uniform - wanted) > 0.1  # the twin: a uniform draw alone is something else
 
 
+@pytest.mark.parametrize("kind", ["dense", "single", "group"])
+def test_plain_attention_equals_the_models_own(kind: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 80, 3, 6, dtype=torch.float64, generator=generator) for _ in range(3))
+    sparse = SkipSparse(kind=kind, k=1 if kind == "dense" else 4)
+    ours = plain_attention(q, k, v, sparse=sparse, key_bias=None)
+    torch.testing.assert_close(ours, skip_sparse_attention(q, k, v, sparse=sparse, key_bias=None), atol=1e-10, rtol=0)
+    other = SkipSparse(kind="single" if kind != "single" else "group", k=4)  # the twin: other groups
+    assert (plain_attention(q, k, v, sparse=other, key_bias=None) - ours).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("compile_blocks", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_preparing_for_a_cpu_changes_no_gradient(tokenizer: Any, compile_blocks: bool) -> None:
+    """Other attention, and text padded further, at a size that fills whole groups: the same loss and gradients."""
+    recipe = _recipe(height=64, width=64, num_frames=17)
+    clean, alphas = torch.randn(2, 8, 5, 8, 8), make_scheduler().alphas_cumprod
+    texts = [prompt_rows(caption(scene_at(0, i)), guidance_scale=1)[0] for i in range(2)]
+    found = []
+    for prepared in (False, True):
+        torch.manual_seed(0)
+        dit, text_encoder = build_transformer("tiny", 8), build_text_encoder("tiny", len(tokenizer))
+        for parameter in dit.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
+        if prepared:
+            prepare_for_cpu(dit, recipe, compile_blocks=compile_blocks)
+            processors = [block.attn1.processor for block in dit.blocks()]
+            assert all(getattr(p, "attend", None) is plain_attention for p in processors)
+        tokens = tokenize(texts, tokenizer, same_length=prepared)
+        loss = dit_loss(dit, text_encoder, clean, tokens, alphas, torch.Generator().manual_seed(1))
+        torch.autograd.backward(loss)
+        gradients = [p.grad for m in (dit, text_encoder) for p in m.parameters()]
+        found.append(torch.cat([g.flatten() for g in gradients if g is not None]))
+    assert (found[0] - found[1]).abs().max() < 1e-5 * found[0].abs().max()
+    assert found[0].abs().max() > 1e-3
+
+
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
@@ -270,7 +319,7 @@ def test_training_text_equals_the_pipelines_text(tokenizer: Any) -> None:
     wanted = encode_prompt(tokenizer, encoder, rows, 160)  # the pipeline's own padding
     for row in range(2):
         length = int(tokens["mask"][row].sum())
-        assert length == int(wanted.mask[row].sum())
+        assert length == int(wanted.mask[row].sum()) <= TEXT_TOKENS
         torch.testing.assert_close(ours[row, :length], wanted.embeds[row, 0, :length], atol=1e-6, rtol=1e-5)
 
 

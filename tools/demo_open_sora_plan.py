@@ -39,6 +39,7 @@ from tools.moving_shapes import caption, scene_at
 from tools.tiny_open_sora_plan import write_spiece
 
 MAX_BYTES = 15_000_000
+TEXT_TOKENS = 56  # no caption in its template, and not the negative prompt, is longer
 _LETTER_SCORE = -20.0  # far below any word: a known word is never spelt
 
 
@@ -241,9 +242,13 @@ def write_tokenizer(folder: Path) -> None:
     write_spiece(folder / "spiece.model", vocabulary())
 
 
-def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
-    """`ids` and `mask`, int64 [B, L], of texts as `prompt_rows` makes them; L is the longest of these."""
-    tokens = tokenizer(texts, padding="longest", return_tensors="pt")
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, same_length: bool = False) -> dict[str, Tensor]:
+    """`ids` and `mask`, int64 [B, L], of texts as `prompt_rows` makes them.
+
+    L is the longest of these, or with `same_length` TEXT_TOKENS, so that every batch has the same shapes.
+    """
+    padding = "max_length" if same_length else "longest"
+    tokens = tokenizer(texts, padding=padding, max_length=TEXT_TOKENS, return_tensors="pt")
     return {"ids": tokens["input_ids"], "mask": tokens["attention_mask"]}
 
 

@@ -27,8 +27,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import MT5EncoderModel, PreTrainedTokenizerBase
 
-from pipelines.models.open_sora_plan import OpenSoraPlanTransformer3DModel
+from pipelines.models.open_sora_plan import (
+    OpenSoraPlanTransformer3DModel,
+    SelfAttnProcessor,
+    from_groups,
+    to_groups,
+)
 from pipelines.models.open_sora_plan_loading import load_tokenizer
+from pipelines.models.skip_sparse import SkipSparse
 from pipelines.models.wf_vae import WFVAEModel
 from pipelines.models.zero_snr_scheduler import make_scheduler
 from pipelines.open_sora_plan import NEGATIVE_PROMPT, OpenSoraPlanParts, prompt_rows, render_frames
@@ -36,6 +42,7 @@ from tools import train_demo_model as first
 from tools.demo_model import DitSize, VaeSize, num_parameters
 from tools.demo_open_sora_plan import (
     DIT_SHAPES,
+    TEXT_TOKENS,
     VAE_SHAPES,
     build_text_encoder,
     build_transformer,
@@ -52,7 +59,6 @@ from tools.train_demo_model import Compute, Ema, Recipe, Trainer
 from videopipe.geometry import VideoSpec
 
 GUIDANCE_SCALE = 4.0  # of evaluations: enough for a model this small
-TEXT_TOKENS = 128  # no caption, and not the negative prompt, is longer
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -166,6 +172,7 @@ class _DitBatches:
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
+    same_length: bool = False
 
     def __call__(self, iteration: int) -> dict[str, Tensor]:
         r = self.recipe
@@ -174,7 +181,7 @@ class _DitBatches:
         index = rng.integers(r.cached_clips, size=max(1, round(batch)))
         return {
             "index": torch.from_numpy(index),
-            **tokenize([self._text(rng, int(i)) for i in index], self.tokenizer),
+            **tokenize([self._text(rng, int(i)) for i in index], self.tokenizer, same_length=self.same_length),
         }
 
     def _text(self, rng: np.random.Generator, index: int) -> str:
@@ -196,6 +203,30 @@ def timesteps(count: int, alphas_cumprod: Tensor, generator: torch.Generator) ->
     chosen = torch.searchsorted(-snr.log(), -2 * torch.log((1 - level) / level)).clamp(max=len(snr) - 1)
     coin = torch.rand(count, generator=generator, device=generator.device)
     return torch.where(coin < 0.5, uniform, chosen)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, sparse: SkipSparse, key_bias: Tensor | None) -> Tensor:
+    """Skip-sparse self-attention by two matrix products, for training on a CPU; see `skip_sparse_attention`.
+
+    The clips fill whole groups and nothing is masked, so there is no bias to add.
+    """
+    assert key_bias is None, key_bias
+    tokens = q.shape[1]
+    assert sparse.padded(tokens) == tokens, (sparse, tokens)
+    q, k, v = (to_groups(x, sparse).transpose(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))  # [G*B, N, S/G, D]
+    out = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).softmax(-1), v)
+    return from_groups(out.transpose(1, 2), sparse, tokens)
+
+
+def prepare_for_cpu(dit: OpenSoraPlanTransformer3DModel, recipe: Recipe, *, compile_blocks: bool) -> None:
+    """Quicker training on a CPU: plain attention where the clips fill whole groups, blocks compiled if asked for."""
+    per_frame = recipe.height * recipe.width // 16**2
+    counts = (per_frame, per_frame * ((recipe.num_frames - 1) // 4 + 1))  # of one frame, and of the clip
+    for block in dit.blocks():
+        if all(block.sparse.padded(count) == count for count in counts):
+            block.attn1.set_processor(SelfAttnProcessor(block.sparse, plain_attention))
+        if compile_blocks:
+            block.compile(dynamic=False)
 
 
 def dit_loss(
@@ -249,6 +280,8 @@ def train_dit(run: Path, recipe: Recipe, compute: Compute, *, accept_vae: bool) 
     latents = first.cache_latents(partial(moments_of, vae), run, recipe, compute)
     latents = latents.to(compute.device) if compute.device.type == "cuda" else latents
     parts = _build_parts(run, recipe, compute)
+    if compute.device.type == "cpu":
+        prepare_for_cpu(parts.dit, recipe, compile_blocks=compute.compile_blocks)
     alphas_cumprod = make_scheduler().alphas_cumprod.to(compute.device)
     trainer = Trainer(
         stage="dit",
@@ -277,7 +310,8 @@ def train_dit(run: Path, recipe: Recipe, compute: Compute, *, accept_vae: bool) 
         return {split: evaluate_prompts(averaged, recipe, compute, split=split, steps=25) for split in splits}
 
     trainer.log({"iteration": trainer.iteration, "recipe": asdict(recipe), "device": str(compute.device)})
-    done = trainer.train(_DitBatches(recipe, parts.tokenizer), loss_of, evaluate)
+    batches = _DitBatches(recipe, parts.tokenizer, same_length=compute.compile_blocks)
+    done = trainer.train(batches, loss_of, evaluate)
     trainer.log({"iteration": trainer.iteration, "evaluation": evaluate()})
     return done
 
@@ -389,6 +423,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--anneal", action="store_true", help="decay the learning rate over this call's minutes")
     parser.add_argument("--vae-minutes", type=float, default=math.inf, help="--stage all: then go on to the DiT")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true", help="the DiT's blocks, on a CPU: minutes, then quicker")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's choice)")
     parser.add_argument("--workers", type=int, default=0, help="processes that render batches ahead (0: in this one)")
     parser.add_argument("--accept-vae", action="store_true", help="train the DiT on a VAE that misses its targets")
@@ -453,6 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         eval_s=60 * args.eval_minutes,
         eval_prompts=args.eval_prompts,
         anneal=args.anneal,
+        compile_blocks=args.compile,
     )
     if trains:
         first.open_run(args.run, recipe)
