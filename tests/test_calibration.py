@@ -190,10 +190,13 @@ def guided_times(guidance: Guidance, member_s: float, helper_s: float, projectio
 def test_a_helper_gets_more_heads_where_branches_take_turns() -> None:
     """One after the other each takes 30 + 30 ms, with help 30 + 20; in turns 30 + 10: the helper has 4 of 6 heads."""
     found = guided_times("pair", 0.010, 0.010, 0.010)
-    assert found.chosen[0].helpers == () and found.chosen[-1].helpers == (2,)
     assert found.linear_s >= 2 * 0.030  # of both branches
-    ratios = {t.arrangement.head_counts: t.ratio for t in found.timings if t.arrangement.in_turns}
-    assert ratios[1, 1, 4] < 0.95 * ratios[None], ratios
+    in_turns = [timing for timing in found.timings if timing.arrangement.in_turns]
+    alone = next(timing.ratio for timing in in_turns if not timing.arrangement.helpers)
+    shares = {t.arrangement.head_counts[2]: t.ratio for t in in_turns if t.arrangement.head_counts is not None}
+    others = [t.arrangement.head_counts for t in found.timings if t not in in_turns]
+    assert max(shares) > 2 == max(counts[2] for counts in others if counts is not None)
+    assert shares[max(shares)] < 0.95 * alone, (shares, alone)
 
 
 def test_a_helper_of_halves_is_judged_by_both_of_them() -> None:
