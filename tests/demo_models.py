@@ -28,7 +28,7 @@ def tiny_moving_shapes(out: Path) -> Path:
     pipe = build_pipeline(
         vae=build_vae("tiny"), transformer=dit, llama=llama, clip=clip, tokenizer=tokenizer, tokenizer_2=tokenizer_2
     )
-    export_pipeline(pipe, out, torch.bfloat16, "test\n")
+    export_pipeline(pipe, out, torch.bfloat16, "test\n", {})
     return out
 
 
