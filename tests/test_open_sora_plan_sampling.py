@@ -47,8 +47,9 @@ def test_recorded_timesteps_and_sigmas(count: int) -> None:
     scheduler.set_timesteps(count)
     assert torch.equal(scheduler.timesteps, outputs["timesteps"])
     assert scheduler.timesteps.dtype == scheduler.sigmas.dtype == torch.float32
-    assert worst(scheduler.sigmas, outputs["sigmas"]) == 0
-    assert scheduler.init_noise_sigma == outputs["init_noise_sigma"]
+    # processors differ in a product's last bits: relative to large sigmas, absolute in small ones, which are sqrt(1/a - 1)
+    torch.testing.assert_close(scheduler.sigmas, outputs["sigmas"], rtol=1e-6, atol=2e-6)
+    assert float(scheduler.init_noise_sigma) == pytest.approx(float(outputs["init_noise_sigma"]), rel=1e-6)
 
 
 def test_sigmas_of_100_steps() -> None:
@@ -62,7 +63,10 @@ def test_sigmas_of_100_steps() -> None:
 
 
 def trajectory(scheduler: EulerAncestralDiscreteScheduler, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Largest error against the recorded trajectory, with the recorded noises, relative above 1."""
+    """Largest error against the recorded trajectory, with the recorded noises, relative to each step's largest value.
+
+    Steps begin at 4096 and end at 1: a last bit of the first sigma is 5e-4 of what is left where values cancel.
+    """
     recorded = Recorded("scheduler_euler_ancestral").part("trajectory_12")
     noises = list(recorded["inputs/noises"])
     monkeypatch.setattr(
@@ -74,7 +78,7 @@ def trajectory(scheduler: EulerAncestralDiscreteScheduler, monkeypatch: pytest.M
         scaled = scheduler.scale_model_input(x, t)
         v = 0.3 * torch.tanh(scaled) - 0.2 * torch.roll(scaled, 1, dims=-1) + t / 2000
         x = steps.denoise_step(scheduler, x, v, t, torch.Generator())
-        error = max(error, float(((x - expected[i + 1]).abs() / expected[i + 1].abs().clamp(min=1)).max()))
+        error = max(error, worst(x, expected[i + 1]) / float(expected[i + 1].abs().max()))
     assert not noises  # drawn in the last step too
     return error
 
