@@ -47,7 +47,7 @@ def test_recorded_timesteps_and_sigmas(count: int) -> None:
     scheduler.set_timesteps(count)
     assert torch.equal(scheduler.timesteps, outputs["timesteps"])
     assert scheduler.timesteps.dtype == scheduler.sigmas.dtype == torch.float32
-    # processors differ in a product's last bits: relative to large sigmas, absolute in small ones, which are sqrt(1/a - 1)
+    # processors differ in a product's last bits, and small sigmas, sqrt(1/a - 1), are differences
     torch.testing.assert_close(scheduler.sigmas, outputs["sigmas"], rtol=1e-6, atol=2e-6)
     assert float(scheduler.init_noise_sigma) == pytest.approx(float(outputs["init_noise_sigma"]), rel=1e-6)
 
