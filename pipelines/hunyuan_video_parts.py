@@ -41,7 +41,7 @@ from pipelines.decode_memory import hunyuan_exactly_within, hunyuan_within
 from pipelines.families import ModelFacts
 from pipelines.hunyuan_video import has_second_branch, latent_geometry
 from pipelines.hunyuan_video_tiles import tile_settings
-from pipelines.parallel import both_halves, decode_team, own_half, sequence_parallel
+from pipelines.parallel import LentRank, both_halves, decode_team, own_half, sequence_parallel
 from vae_group.decode import to_frames
 from vae_group.team import Part, PartDecoder
 from videopipe.arrangement import Guidance, Shape
@@ -491,13 +491,13 @@ def kept_text(mask: Tensor, members: int, trimmed: bool) -> Tensor:
     return F.pad(mask, (0, max(members - mask.shape[1], 0)))
 
 
-class HunyuanVideoAssistant:
-    """A VAE rank's help in denoising steps."""
+class HunyuanVideoAssistant(LentRank):
+    """A VAE rank's help in denoising steps of HunyuanVideo."""
 
     def __init__(self, facts: ModelFacts, config: Config, runtime: Runtime) -> None:
         self._geometry = facts.geometry
         self._device = runtime.device
-        self._assistant = Assistant(
+        assistant = Assistant(
             sequence_parallel(config, runtime, facts.num_heads),
             kernels=[None] * facts.attention_layers,
             head_dim=facts.head_dim,
@@ -505,6 +505,7 @@ class HunyuanVideoAssistant:
             device=runtime.device,
             halves=both_halves(config, runtime, facts.num_heads),
         )
+        super().__init__(assistant)
         self._config = config
 
     def prepare(self, request: VideoRequest, text_masks: Sequence[bytes], recorded: bool) -> None:
@@ -514,37 +515,6 @@ class HunyuanVideoAssistant:
         kept = [kept_text(mask, self._config.members(guidance), self._config.text_trimmed) for mask in masks]
         num_video = self._geometry.token_grid(request.spec).video
         self._assistant.prepare(request.id, num_video, kept, guidance=guidance, recorded=recorded)
-
-    def step(self, request: str, helpers: tuple[int, ...]) -> None:
-        """Take part in one step."""
-        self._assistant.step(request, helpers)
-
-    @property
-    def parallel(self) -> SequenceParallel:
-        """This rank's place beside the DiT group."""
-        return self._assistant.parallel
-
-    @property
-    def branches_as_rows(self) -> bool:
-        """As on DiT ranks."""
-        return self._assistant.branches_as_rows
-
-    def views(self, guidance: Guidance) -> Sequence[SequenceParallel]:
-        """The DiT group, or both halves of it."""
-        return self._assistant.views(guidance)
-
-    @property
-    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
-        """Those of the leader."""
-        return ()
-
-    def layer(self, index: int, shape: Shape) -> Callable[[], object]:
-        """Prepare to take part in attention layer `index` alone."""
-        return self._assistant.layer(index, shape.rows)
-
-    def forget(self, request: str) -> None:
-        """No step of this request will come any more."""
-        self._assistant.forget(request)
 
 
 def branch_prefixes(request: VideoRequest) -> tuple[str, ...]:

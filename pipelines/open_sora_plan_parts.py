@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dit_group.assist import Assistant
-from dit_group.attention import Layout, SequenceParallel
+from dit_group.attention import Layout
 from dit_group.denoise import Denoising
 from dit_group.record import Keep, observing
 from dit_group.shards import exchange_branches, gather_latents
@@ -51,7 +51,7 @@ from pipelines.open_sora_plan import (
 )
 from pipelines.open_sora_plan_attention import GroupParallel, layer_kernels, parallelize
 from pipelines.open_sora_plan_decode import wfvae_exact
-from pipelines.parallel import both_halves, decode_team, own_half, sequence_parallel
+from pipelines.parallel import LentRank, both_halves, decode_team, own_half, sequence_parallel
 from vae_group.team import Part, PartDecoder, Team
 from videopipe.arrangement import Guidance, Shape
 from videopipe.config import Config, DecodeConfig
@@ -233,8 +233,8 @@ class OpenSoraPlanDenoiser:
             self._observed = False
 
 
-class OpenSoraPlanAssistant:
-    """A VAE rank's help in denoising steps."""
+class OpenSoraPlanAssistant(LentRank):
+    """A VAE rank's help in denoising steps of Open-Sora-Plan."""
 
     def __init__(self, checkpoint: Checkpoint, config: Config, runtime: Runtime, facts: ModelFacts) -> None:
         self._geometry = facts.geometry
@@ -242,7 +242,7 @@ class OpenSoraPlanAssistant:
         skeleton = empty_transformer(find_folders(Path(checkpoint.location)).transformer)
         kernels = layer_kernels([block.sparse for block in skeleton.blocks()])
         make = partial(GroupParallel, kernels=kernels, device=runtime.device)
-        self._assistant = Assistant(
+        assistant = Assistant(
             sequence_parallel(config, runtime, facts.num_heads, make),
             kernels=kernels,
             head_dim=facts.head_dim,
@@ -251,6 +251,7 @@ class OpenSoraPlanAssistant:
             halves=both_halves(config, runtime, facts.num_heads, make),
             branches_as_rows=True,
         )
+        super().__init__(assistant)
         self._config = config
 
     def prepare(self, request: VideoRequest, text_masks: Sequence[bytes], recorded: bool) -> None:
@@ -261,37 +262,6 @@ class OpenSoraPlanAssistant:
         masks, rows = ([no_text], rows) if guidance == "none" else ([no_text, no_text], 1)
         num_video = self._geometry.token_grid(request.spec).video
         self._assistant.prepare(request.id, num_video, masks, rows, guidance, recorded)
-
-    def step(self, request: str, helpers: tuple[int, ...]) -> None:
-        """Take part in one step."""
-        self._assistant.step(request, helpers)
-
-    @property
-    def parallel(self) -> SequenceParallel:
-        """This rank's place beside the DiT group."""
-        return self._assistant.parallel
-
-    @property
-    def branches_as_rows(self) -> bool:
-        """As on DiT ranks."""
-        return self._assistant.branches_as_rows
-
-    def views(self, guidance: Guidance) -> Sequence[SequenceParallel]:
-        """The DiT group, or both halves of it."""
-        return self._assistant.views(guidance)
-
-    @property
-    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
-        """Those of the leader."""
-        return ()
-
-    def layer(self, index: int, shape: Shape) -> Callable[[], object]:
-        """Prepare to take part in attention layer `index` alone."""
-        return self._assistant.layer(index, shape.rows)
-
-    def forget(self, request: str) -> None:
-        """No step of this request will come any more."""
-        self._assistant.forget(request)
 
 
 class OpenSoraPlanDecoder:

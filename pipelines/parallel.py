@@ -1,10 +1,12 @@
 """What every family's parts need to take their place among the ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from dit_group.assist import Assistant
 from dit_group.attention import Branch, SequenceParallel
 from vae_group.team import Team
+from videopipe.arrangement import Guidance, Shape
 from videopipe.config import Config
 from videopipe.partition import Mesh
 from videopipe.runtime import Runtime
@@ -97,3 +99,41 @@ def decode_team(runtime: Runtime) -> Team:
     """This rank's place among the ranks that decode a clip together."""
     members = runtime.decode_team
     return Team(group=runtime.decode_group, member=members.index(runtime.rank), members=len(members))
+
+
+class LentRank:
+    """A VAE rank that helps in denoising steps; its family adds `prepare`, what the sequences of a request are."""
+
+    def __init__(self, assistant: Assistant) -> None:
+        self._assistant = assistant
+
+    def step(self, request: str, helpers: tuple[int, ...]) -> None:
+        """Take part in one step."""
+        self._assistant.step(request, helpers)
+
+    @property
+    def parallel(self) -> SequenceParallel:
+        """This rank's place beside the DiT group."""
+        return self._assistant.parallel
+
+    @property
+    def branches_as_rows(self) -> bool:
+        """As on DiT ranks."""
+        return self._assistant.branches_as_rows
+
+    def views(self, guidance: Guidance) -> Sequence[SequenceParallel]:
+        """The DiT group, or both halves of it."""
+        return self._assistant.views(guidance)
+
+    @property
+    def layer_kinds(self) -> tuple[tuple[int, int], ...]:
+        """Those of the leader."""
+        return ()
+
+    def layer(self, index: int, shape: Shape) -> Callable[[], object]:
+        """Prepare to take part in attention layer `index` alone."""
+        return self._assistant.layer(index, shape.rows)
+
+    def forget(self, request: str) -> None:
+        """No step of this request will come any more."""
+        self._assistant.forget(request)
