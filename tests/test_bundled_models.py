@@ -94,7 +94,9 @@ def test_any_ranks_give_the_clip_of_diffusers(launcher: LocalLauncher) -> None:
     torch.set_num_threads(1)
     theirs = DiffusersPipeline.from_pretrained(bundled_models()["moving_shapes"], dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    size = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": STEPS, "output_type": "np"}
+    r = CONFIGS["moving_shapes"].request
+    guidance = {"negative_prompt": r.negative_prompt, "true_cfg_scale": r.true_cfg_scale}
+    size = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": STEPS, "output_type": "np", **guidance}
 
     def noise() -> torch.Generator:
         return torch.Generator("cpu").manual_seed(3)
