@@ -469,18 +469,28 @@ def vae_loss(
     vae: AutoencoderKLHunyuanVideo, video: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Edge-weighted L1 + MSE and a small KL of the reconstruction of video [B, 3, T, H, W] in [-1, 1]."""
-    mean, logvar = moments_of(vae, video)
-    loss, parts = _reconstruction_loss(vae, video, mean, logvar, generator)
+    return loss_with_kl(partial(_decoded, vae), video, *moments_of(vae, video), generator)
+
+
+def _decoded(vae: AutoencoderKLHunyuanVideo, latents: Tensor) -> Tensor:
+    video: Tensor = vae.decoder(vae.post_quant_conv(latents))
+    return video.float()
+
+
+def loss_with_kl(
+    decode: Callable[[Tensor], Tensor], video: Tensor, mean: Tensor, logvar: Tensor, generator: torch.Generator
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of any family's VAE, whose latents have this mean and log-variance and are decoded by `decode`."""
+    loss, parts = _reconstruction_loss(decode, video, mean, logvar, generator)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return loss + KL_WEIGHT * kl, {**parts, "kl": kl.detach(), "latent_std": mean.detach().std()}
 
 
 def _reconstruction_loss(
-    vae: AutoencoderKLHunyuanVideo, video: Tensor, mean: Tensor, logvar: Tensor, generator: torch.Generator
+    decode: Callable[[Tensor], Tensor], video: Tensor, mean: Tensor, logvar: Tensor, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, Tensor]]:
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    back = vae.decoder(vae.post_quant_conv(mean + torch.exp(0.5 * logvar) * noise)).float()
-    error = (back - video).abs()
+    error = (decode(mean + torch.exp(0.5 * logvar) * noise) - video).abs()
     loss = (_edge_weight(video) * (error + error.square())).mean()
     return loss, {"mse": error.detach().square().mean()}
 
@@ -616,7 +626,7 @@ def train_decoder(run: Path, recipe: Recipe, compute: Compute, iterations: int) 
         with compute.autocast():
             with torch.no_grad():
                 mean, logvar = moments_of(vae, video)
-            return _reconstruction_loss(vae, video, mean, logvar, generator)
+            return _reconstruction_loss(partial(_decoded, vae), video, mean, logvar, generator)
 
     def better() -> AutoencoderKLHunyuanVideo:
         averaged = vae.state_dict()

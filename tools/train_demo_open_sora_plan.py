@@ -78,12 +78,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def vae_loss(vae: WFVAEModel, video: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
     """Edge-weighted L1 + MSE and a small KL of the reconstruction of video [B, 3, T, H, W] in [-1, 1]."""
-    mean, logvar = moments_of(vae, video)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    error = (video_of(vae, mean + torch.exp(0.5 * logvar) * noise) - video).abs()
-    kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    loss = (first._edge_weight(video) * (error + error.square())).mean() + first.KL_WEIGHT * kl
-    return loss, {"mse": error.detach().square().mean(), "kl": kl.detach(), "latent_std": mean.detach().std()}
+    return first.loss_with_kl(partial(video_of, vae), video, *moments_of(vae, video), generator)
 
 
 def train_vae(run: Path, recipe: Recipe, compute: Compute) -> bool:
