@@ -43,7 +43,7 @@ def tiny_open_sora_plan(out: Path) -> Path:
     _fill_zeros(vae.decoder)
     text_encoder = plan.build_text_encoder("tiny", len(tokenizer))
     parts = OpenSoraPlanParts(tokenizer=tokenizer, text_encoder=text_encoder, transformer=dit, vae=vae)
-    plan.export_parts(parts, folder / "spiece.model", out, torch.bfloat16, "test\n")
+    plan.export_parts(parts, folder / "spiece.model", out, torch.bfloat16, "test\n", {})
     return out
 
 

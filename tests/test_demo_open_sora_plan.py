@@ -4,6 +4,7 @@ import itertools
 import math
 import string
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ from pipelines.open_sora_plan import (
     start_scheduler,
 )
 from tests.demo_models import tiny_open_sora_plan
-from tools import train_demo_open_sora_plan as training
 from tools.demo_model import num_parameters
 from tools.demo_open_sora_plan import (
     DIT_SHAPES,
@@ -46,17 +46,21 @@ from tools.demo_open_sora_plan import (
     with_whitening,
     write_tokenizer,
 )
-from tools.moving_shapes import caption, scene_at
-from tools.train_demo_model import Compute, Recipe, noise_levels, open_run, slim
+from tools.demo_training import Compute, Recipe, open_run
+from tools.demo_training_program import slim, start_from
+from tools.demo_training_stages import DitBatches, finish_vae, noise_levels, train_decoder, train_vae, vae_loss
+from tools.moving_shapes import caption, render, scene_at
 from tools.train_demo_open_sora_plan import (
+    PROGRAM,
+    WF_VAE,
+    _prompt_or_nothing,
     dit_loss,
+    export,
     main,
     plain_attention,
     prepare_for_cpu,
     timesteps,
     train_dit,
-    train_vae,
-    vae_loss,
 )
 from videopipe.geometry import VideoSpec
 
@@ -118,8 +122,8 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both stages in one go."""
     run = tmp_path_factory.mktemp("whole")
     open_run(run, _recipe())
-    assert train_vae(run, _recipe(), _compute())
-    assert train_dit(run, _recipe(), _compute(), accept_vae=True)
+    assert train_vae(WF_VAE, run, _recipe(), _compute())
+    assert train_dit(run, _recipe(), _compute(), True)
     return run
 
 
@@ -134,20 +138,20 @@ def exported(whole_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_interrupted_training_ends_in_the_same_weights(whole_run: Path, tmp_path: Path) -> None:
-    assert not train_vae(tmp_path, _recipe(), _compute(stop_after=3))
-    assert train_vae(tmp_path, _recipe(), _compute())
+    assert not train_vae(WF_VAE, tmp_path, _recipe(), _compute(stop_after=3))
+    assert train_vae(WF_VAE, tmp_path, _recipe(), _compute())
     assert _same(whole_run / "vae.ckpt", tmp_path / "vae.ckpt")
-    assert not train_dit(tmp_path, _recipe(), _compute(stop_after=2), accept_vae=True)
-    assert train_dit(tmp_path, _recipe(), _compute(), accept_vae=True)
+    assert not train_dit(tmp_path, _recipe(), _compute(stop_after=2), True)
+    assert train_dit(tmp_path, _recipe(), _compute(), True)
     assert _same(whole_run / "dit.ckpt", tmp_path / "dit.ckpt")
 
 
 def test_forgotten_optimizer_state_is_noticed(whole_run: Path, tmp_path: Path) -> None:
     """The twin: without the moments (a slim checkpoint) the resumed weights must differ."""
     (tmp_path / "run").mkdir()
-    assert not train_vae(tmp_path / "run", _recipe(), _compute(stop_after=3))
+    assert not train_vae(WF_VAE, tmp_path / "run", _recipe(), _compute(stop_after=3))
     slim(tmp_path / "run", tmp_path / "slim")
-    assert train_vae(tmp_path / "slim", _recipe(), _compute())
+    assert train_vae(WF_VAE, tmp_path / "slim", _recipe(), _compute())
     one, two = (torch.load(d / "vae.ckpt", weights_only=True)["ema"] for d in (whole_run, tmp_path / "slim"))
     assert not all(torch.equal(one[k], two[k]) for k in one)
 
@@ -155,7 +159,7 @@ def test_forgotten_optimizer_state_is_noticed(whole_run: Path, tmp_path: Path) -
 def test_training_lowers_both_losses(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = build_vae("tiny")
-    video = torch.from_numpy(np.stack([training.first.render(scene_at(0, i), 5, 32, 32) for i in range(4)]))
+    video = torch.from_numpy(np.stack([render(scene_at(0, i), 5, 32, 32) for i in range(4)]))
     video = video.permute(0, 4, 1, 2, 3).float() / 127.5 - 1
     write_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -174,16 +178,16 @@ def test_training_lowers_both_losses(tmp_path: Path) -> None:
             losses.append(loss.item())
         return float(np.mean(losses[-5:]) / np.mean(losses[:3]))
 
-    assert last_share([vae], 25, lambda g: vae_loss(vae, video, g)[0]) < 0.75
+    assert last_share([vae], 25, lambda g: vae_loss(WF_VAE, vae, video, g)[0]) < 0.75
     assert last_share([dit, text_encoder], 40, lambda g: dit_loss(dit, text_encoder, clean, tokens, alphas, g)) < 0.75
 
 
 def test_a_vae_below_its_targets_is_not_trained_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no vae.ckpt: train with --stage vae first"):
-        train_dit(tmp_path, _recipe(), _compute(), accept_vae=False)
-    train_vae(tmp_path, _recipe(), _compute(stop_after=1))
+        train_dit(tmp_path, _recipe(), _compute(), False)
+    train_vae(WF_VAE, tmp_path, _recipe(), _compute(stop_after=1))
     with pytest.raises(ValueError, match=r"of the VAE: need 30.0 dB and 0.97; train it longer"):
-        train_dit(tmp_path, _recipe(), _compute(), accept_vae=False)
+        train_dit(tmp_path, _recipe(), _compute(), False)
     assert not (tmp_path / "vae.safetensors").exists()
 
 
@@ -203,7 +207,7 @@ def test_the_vae_begins_as_a_blurred_copy() -> None:
 
 @torch.no_grad()
 def test_whitened_latents_are_normal_and_come_back(whole_run: Path) -> None:
-    vae = training.finish_vae(whole_run, _recipe(), _compute(), accept=True)
+    vae = finish_vae(WF_VAE, whole_run, _recipe(), _compute(), accept=True)
     raw = load_file(whole_run / "latents.safetensors")["latents"].float()
     latents = vae.scale_latents(raw)
     assert latents.shape == (16, 8, 2, 4, 4)
@@ -324,7 +328,7 @@ def test_training_text_equals_the_pipelines_text(tokenizer: Any) -> None:
 
 
 def test_guidance_has_both_kinds_of_nothing_to_learn_from(tokenizer: Any) -> None:
-    batches = training._DitBatches(_recipe(batch_scale=10.0), tokenizer)
+    batches = DitBatches(_recipe(batch_scale=10.0), _prompt_or_nothing, partial(tokenize, tokenizer=tokenizer))
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for i in range(4) for ids in batches(i)["ids"]]
     negative = tokenizer.decode(tokenizer(NEGATIVE_PROMPT)["input_ids"], skip_special_tokens=True)
     for what in ("", negative):
@@ -348,13 +352,13 @@ def test_shipped_sizes_fit_the_limit_and_have_every_kind_of_attention(tokenizer:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vae": "wide"}, r"vae='wide' must be one of small, tiny, nearest is 'small'"),
+        ({"vae": "wide"}, r"vae='wide' must be one of tiny, small, nearest is 'small'"),
         ({"num_frames": 16}, r"num_frames=16 must be 1 \+ 4\*k and at least 5, nearest is 17"),
     ],
 )
 def test_recipes_that_cannot_train_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        training.check_recipe(_recipe(**change))
+        _recipe(**change).check(VAE_SHAPES, DIT_SHAPES)
 
 
 def test_the_exported_directory_holds_what_was_trained(whole_run: Path, exported: Path) -> None:
@@ -368,8 +372,33 @@ def test_the_exported_directory_holds_what_was_trained(whole_run: Path, exported
         for key, value in module.state_dict().items():
             assert torch.equal(value, ema[f"{name}.{key}"].bfloat16().float()), key
     kept = load_file(whole_run / "vae.safetensors")
-    torch.testing.assert_close(torch.tensor(parts.vae.config.shift), kept["mean"])
-    torch.testing.assert_close(torch.tensor(parts.vae.config.scale), 1 / kept["std"])
+    torch.testing.assert_close(torch.tensor(parts.vae.config.shift), kept["whitening.mean"])
+    torch.testing.assert_close(torch.tensor(parts.vae.config.scale), 1 / kept["whitening.std"])
+
+
+def test_training_goes_on_from_an_exported_directory(whole_run: Path, exported: Path, tmp_path: Path) -> None:
+    """What is shipped is enough to go on: the weights as they were rounded, the whitening, how far they had come."""
+    recipe, run = _recipe(dit_iterations=7), tmp_path / "run"
+    start_from(PROGRAM, exported, run, recipe)
+    before = torch.load(whole_run / "dit.ckpt", weights_only=True)["ema"]
+    taken = torch.load(run / "dit.ckpt", weights_only=True)
+    assert taken["iteration"] == 6
+    assert taken["ema"].keys() == before.keys()
+    assert all(torch.equal(value, before[key].bfloat16().float()) for key, value in taken["ema"].items())
+    one, two = (load_file(folder / "vae.safetensors") for folder in (whole_run, run))
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value if "whitening" in key else value.bfloat16().float())
+    assert train_dit(run, recipe, _compute(), False)
+    assert torch.load(run / "dit.ckpt", weights_only=True)["iteration"] == 7
+
+
+def test_a_decoder_goes_on_without_moving_the_latents(whole_run: Path, tmp_path: Path) -> None:
+    slim(whole_run, tmp_path)
+    assert train_decoder(WF_VAE, tmp_path, _recipe(), _compute(), 2)
+    one, two = (load_file(folder / "vae.safetensors") for folder in (whole_run, tmp_path))
+    assert one.keys() == two.keys()
+    assert {key.split(".")[0] for key in one if not torch.equal(one[key], two[key])} == {"decoder"}
 
 
 def test_a_directory_of_this_layout_renders_on_ranks_as_in_one_process(tmp_path: Path, launcher: LocalLauncher) -> None:
@@ -394,7 +423,7 @@ def test_exporting_again_replaces_it_and_touches_nothing_else(whole_run: Path, e
         main(["--run", str(whole_run), "--stage", "export", "--export", str(tmp_path / "precious")])
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
     with pytest.raises(ValueError, match=r"holds no vae.safetensors: train with --stage dit first"):
-        training.export(tmp_path, tmp_path / "out", _recipe(), _compute(), torch.bfloat16)
+        export(tmp_path, tmp_path / "out", _recipe(), _compute(), torch.bfloat16)
 
 
 def test_command_line_resumes_only_when_told(tmp_path: Path) -> None:

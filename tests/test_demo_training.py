@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from tools import train_demo_model
+from tools import demo_training
 from tools.demo_model import (
     CROP_START,
     DIT_SHAPES,
     MAX_BYTES,
     TEMPLATE,
     TEXT_TOKENS,
+    VAE_SHAPES,
+    build_pipeline,
     build_text_encoders,
     build_tokenizers,
     build_transformer,
@@ -32,22 +34,20 @@ from tools.demo_model import (
     num_parameters,
     tokenize,
 )
-from tools.moving_shapes import caption, is_held_out, scene_at
-from tools.train_demo_model import (
-    Compute,
-    PlainAttention,
-    Recipe,
+from tools.demo_training import Compute, Recipe, learning_rate, open_log, open_run, save_atomic
+from tools.demo_training_program import slim, start_from
+from tools.demo_training_stages import (
+    VaeBatches,
+    cache_latents,
+    cached_scene,
     finish_vae,
-    learning_rate,
-    main,
     noise_levels,
-    save_atomic,
-    slim,
-    start_from,
     train_decoder,
-    train_dit,
     train_vae,
+    vae_loss,
 )
+from tools.moving_shapes import caption, is_held_out, scene_at
+from tools.train_demo_model import HUNYUAN_VAE, PROGRAM, PlainAttention, main, train_dit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,18 +108,18 @@ def _assert_same_checkpoint(first: Path, second: Path) -> None:
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Both stages in one go."""
     run = tmp_path_factory.mktemp("whole")
-    assert train_vae(run, _recipe(), _compute())
-    assert train_dit(run, _recipe(), _compute(), accept_vae=True)
+    assert train_vae(HUNYUAN_VAE, run, _recipe(), _compute())
+    assert train_dit(run, _recipe(), _compute(), True)
     return run
 
 
 def test_interrupted_training_ends_in_the_same_weights(whole_run: Path, tmp_path: Path) -> None:
-    assert not train_vae(tmp_path, _recipe(), _compute(stop_after=4))
-    assert train_vae(tmp_path, _recipe(), _compute())
+    assert not train_vae(HUNYUAN_VAE, tmp_path, _recipe(), _compute(stop_after=4))
+    assert train_vae(HUNYUAN_VAE, tmp_path, _recipe(), _compute())
     _assert_same_checkpoint(whole_run / "vae.ckpt", tmp_path / "vae.ckpt")
-    assert not train_dit(tmp_path, _recipe(), _compute(stop_after=1), accept_vae=True)
-    assert not train_dit(tmp_path, _recipe(), _compute(stop_after=3), accept_vae=True)
-    assert train_dit(tmp_path, _recipe(), _compute(), accept_vae=True)
+    assert not train_dit(tmp_path, _recipe(), _compute(stop_after=1), True)
+    assert not train_dit(tmp_path, _recipe(), _compute(stop_after=3), True)
+    assert train_dit(tmp_path, _recipe(), _compute(), True)
     _assert_same_checkpoint(whole_run / "dit.ckpt", tmp_path / "dit.ckpt")
 
 
@@ -127,23 +127,23 @@ def test_forgotten_optimizer_state_is_noticed(whole_run: Path, tmp_path: Path) -
     """The twin: without the moments (a slim checkpoint) the resumed weights must differ."""
     run = tmp_path / "run"
     run.mkdir()
-    assert not train_vae(run, _recipe(), _compute(stop_after=4))
+    assert not train_vae(HUNYUAN_VAE, run, _recipe(), _compute(stop_after=4))
     slim(run, tmp_path / "slim")
     assert (tmp_path / "slim" / "vae.ckpt").stat().st_size < 0.4 * (run / "vae.ckpt").stat().st_size
-    assert train_vae(tmp_path / "slim", _recipe(), _compute())
+    assert train_vae(HUNYUAN_VAE, tmp_path / "slim", _recipe(), _compute())
     one, two = (torch.load(d / "vae.ckpt", weights_only=True)["ema"] for d in (whole_run, tmp_path / "slim"))
     assert not all(torch.equal(one[k], two[k]) for k in one)
 
 
 def test_another_seed_gives_other_weights(whole_run: Path, tmp_path: Path) -> None:
-    assert train_vae(tmp_path, _recipe(seed=4), _compute())
+    assert train_vae(HUNYUAN_VAE, tmp_path, _recipe(seed=4), _compute())
     one, two = (torch.load(d / "vae.ckpt", weights_only=True)["ema"] for d in (whole_run, tmp_path))
     assert not any(torch.equal(one[k], two[k]) for k in one if k.endswith("conv.weight"))
 
 
 @pytest.mark.slow
 def test_worker_processes_give_the_same_weights(whole_run: Path, tmp_path: Path) -> None:
-    assert train_vae(tmp_path, _recipe(), _compute(workers=2))
+    assert train_vae(HUNYUAN_VAE, tmp_path, _recipe(), _compute(workers=2))
     _assert_same_checkpoint(whole_run / "vae.ckpt", tmp_path / "vae.ckpt")
 
 
@@ -151,7 +151,7 @@ def test_curves_forget_what_a_resume_repeats(tmp_path: Path) -> None:
     file = tmp_path / "curves.jsonl"
     entries = [("vae", 50), ("vae", 100), ("vae", 150), ("dit", 150)]
     file.write_text("".join(json.dumps({"stage": s, "iteration": i}) + "\n" for s, i in entries))
-    log = train_demo_model.open_log(tmp_path, "vae", 100)
+    log = open_log(tmp_path, "vae", 100)
     log({"iteration": 150, "loss": 1.0})
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(x["stage"], x["iteration"]) for x in lines] == [("vae", 50), ("vae", 100), ("dit", 150), ("vae", 150)]
@@ -174,10 +174,10 @@ def test_training_lowers_the_loss() -> None:
     torch.manual_seed(0)
     vae = build_vae("tiny")
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-3)
-    video = train_demo_model._VaeBatches(_recipe(batch_scale=0.2))(0)
+    video = VaeBatches(_recipe(batch_scale=0.2))(0)
     losses = []
     for step in range(25):
-        loss, _ = train_demo_model.vae_loss(vae, video, torch.Generator().manual_seed(step))
+        loss, _ = vae_loss(HUNYUAN_VAE, vae, video, torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()
@@ -187,7 +187,7 @@ def test_training_lowers_the_loss() -> None:
 
 def test_only_trained_combinations_are_trained_on() -> None:
     recipe = _recipe()
-    scenes = [train_demo_model._cached_scene(recipe, i) for i in range(200)]
+    scenes = [cached_scene(recipe, i) for i in range(200)]
     assert not any(is_held_out(t) for s in scenes for t in s.objects)
 
 
@@ -237,12 +237,24 @@ def test_finished_vae_gives_whitened_latents(whole_run: Path) -> None:
     assert (latents.std((0, 2, 3, 4)) - 1).abs().max() < 0.5
 
 
+def test_a_cache_grows_without_being_made_again(whole_run: Path, tmp_path: Path) -> None:
+    vae = finish_vae(HUNYUAN_VAE, whole_run, _recipe(), _compute(), accept=True)
+    whole = cache_latents(HUNYUAN_VAE, vae, tmp_path, _recipe(cached_clips=32), _compute())
+    (tmp_path / "latents.safetensors").unlink()
+    marked = cache_latents(HUNYUAN_VAE, vae, tmp_path, _recipe(cached_clips=16), _compute()).zero_()
+    save_file({"latents": marked}, tmp_path / "latents.safetensors")
+    grown = cache_latents(HUNYUAN_VAE, vae, tmp_path, _recipe(cached_clips=32), _compute())
+    assert torch.equal(grown, torch.cat([marked, whole[16:]]))
+    assert torch.equal(cache_latents(HUNYUAN_VAE, vae, tmp_path, _recipe(cached_clips=24), _compute()), grown[:24])
+    assert len(load_file(tmp_path / "latents.safetensors")["latents"]) == 32
+
+
 def test_a_vae_below_its_targets_is_not_trained_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no vae.ckpt: train with --stage vae first"):
-        finish_vae(tmp_path, _recipe(), _compute(), accept=False)
-    train_vae(tmp_path, _recipe(), _compute(stop_after=1))
+        finish_vae(HUNYUAN_VAE, tmp_path, _recipe(), _compute(), accept=False)
+    train_vae(HUNYUAN_VAE, tmp_path, _recipe(), _compute(stop_after=1))
     with pytest.raises(ValueError, match=r"of the VAE: need 30.0 dB and 0.97; train it longer"):
-        finish_vae(tmp_path, _recipe(), _compute(), accept=False)
+        finish_vae(HUNYUAN_VAE, tmp_path, _recipe(), _compute(), accept=False)
     assert not (tmp_path / "vae.safetensors").exists()
 
 
@@ -250,11 +262,11 @@ def test_a_decoder_goes_on_without_moving_the_latents(whole_run: Path, tmp_path:
     """Else a DiT that was trained on them would have to be trained again."""
     run = tmp_path / "run"
     with pytest.raises(ValueError, match=r"holds no vae.safetensors: train with --stage dit first"):
-        train_decoder(run, _recipe(), _compute(), 2)
+        train_decoder(HUNYUAN_VAE, run, _recipe(), _compute(), 2)
     slim(whole_run, run)
     before = load_file(run / "vae.safetensors")
-    assert not train_decoder(run, _recipe(), _compute(stop_after=1), 2)
-    assert train_decoder(run, _recipe(), _compute(), 2)
+    assert not train_decoder(HUNYUAN_VAE, run, _recipe(), _compute(stop_after=1), 2)
+    assert train_decoder(HUNYUAN_VAE, run, _recipe(), _compute(), 2)
     after = load_file(run / "vae.safetensors")
     assert before.keys() == after.keys()
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
@@ -297,7 +309,7 @@ def test_training_text_equals_the_pipelines_text(tokenizers: tuple[Any, Any]) ->
     llama, clip = build_text_encoders("tiny", tokenizer, tokenizer_2)
     vae = build_vae("tiny")
     dit = build_transformer("tiny", 4)
-    pipe = train_demo_model.build_pipeline(
+    pipe = build_pipeline(
         vae=vae, transformer=dit, llama=llama, clip=clip, tokenizer=tokenizer, tokenizer_2=tokenizer_2
     )
     prompts = ["a red ball bounces", ""]
@@ -352,10 +364,10 @@ def test_annealing_follows_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, seconds in (("long", 1e6), ("short", 20.0)):
         (tmp_path / name).mkdir()
         ticks = itertools.count()  # a clock of our own: a second passes whenever somebody looks at it
-        monkeypatch.setattr(train_demo_model, "time", SimpleNamespace(monotonic=lambda t=ticks: float(next(t))))
+        monkeypatch.setattr(demo_training, "time", SimpleNamespace(monotonic=lambda t=ticks: float(next(t))))
         compute = replace(_compute(), anneal=True, deadline=seconds, checkpoint_s=1e9, eval_s=1e9)
         compute = replace(compute, stop_after=3 if name == "long" else None)
-        assert not train_vae(tmp_path / name, recipe, compute)
+        assert not train_vae(HUNYUAN_VAE, tmp_path / name, recipe, compute)
         state = torch.load(tmp_path / name / "vae.ckpt", weights_only=True)
         rates.append(
             state["optimizer"][0]["param_groups"][0]["lr"] / learning_rate(1e-3, state["iteration"] - 1, 100_000, 0.5)
@@ -392,12 +404,12 @@ def test_shipped_sizes_fit_the_limit_and_have_odd_heads(tokenizers: tuple[Any, A
         ({"num_frames": 16}, r"num_frames=16 must be 1 \+ 4\*k and at least 5, nearest is 17"),
         ({"height": 40}, r"height=40 must be a multiple of 16, at least 32, nearest is 32"),
         ({"batch_scale": 0.0}, r"batch_scale=0.0 must be positive"),
-        ({"vae": "huge"}, r"vae='huge' must be one of tiny"),
+        ({"vae": "huge"}, r"vae='huge' must be one of tiny, small, wide, stock, nearest is 'small'"),
     ],
 )
 def test_recipes_that_cannot_train_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _recipe(**change).check()
+        _recipe(**change).check(VAE_SHAPES, DIT_SHAPES)
 
 
 # --- the exported directory ---------------------------------------------------------------------------------------
@@ -411,7 +423,7 @@ def _arguments(run: Path, *more: str) -> list[str]:
 
 def test_export_renders_with_stock_diffusers_and_default_arguments(whole_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
-    train_demo_model.open_run(whole_run, _recipe())
+    open_run(whole_run, _recipe())
     assert main(_arguments(whole_run, "--stage", "export", "--export", str(out))) == 0
     sizes = {f.relative_to(out).as_posix(): f.stat().st_size for f in out.rglob("*") if f.is_file()}
     assert sum(sizes.values()) <= MAX_BYTES
@@ -448,27 +460,27 @@ def test_export_renders_with_stock_diffusers_and_default_arguments(whole_run: Pa
 
 def test_training_goes_on_from_an_exported_pipeline(whole_run: Path, tmp_path: Path) -> None:
     """What is shipped is enough to go on: the weights, rounded as they were shipped, and how far they had come."""
-    train_demo_model.open_run(whole_run, _recipe())
+    open_run(whole_run, _recipe())
     out, run = tmp_path / "model", tmp_path / "run"
     assert main(_arguments(whole_run, "--stage", "export", "--export", str(out))) == 0
-    start_from(out, run, _recipe(dit_iterations=8))
+    start_from(PROGRAM, out, run, _recipe(dit_iterations=8))
     before = torch.load(whole_run / "dit.ckpt", weights_only=True)["ema"]
     taken = torch.load(run / "dit.ckpt", weights_only=True)
     assert taken["iteration"] == 6
     assert taken["ema"].keys() == before.keys()
     for key, value in taken["ema"].items():
         assert torch.equal(value, before[key].bfloat16().float()), key
-    assert train_dit(run, _recipe(dit_iterations=8), _compute(), accept_vae=False)
+    assert train_dit(run, _recipe(dit_iterations=8), _compute(), False)
     assert torch.load(run / "dit.ckpt", weights_only=True)["iteration"] == 8
     again = tmp_path / "again"
     assert main(_arguments(run, "--stage", "export", "--export", str(again))) == 0
     assert "6 VAE and 8 DiT iterations, seed 3" in (again / "README.md").read_text()
     with pytest.raises(ValueError, match="already holds a run: leave out --start-from"):
-        start_from(out, run, _recipe())
+        start_from(PROGRAM, out, run, _recipe())
     with pytest.raises(ValueError, match=r"holds no training\.json: name a directory that --export wrote"):
-        start_from(tmp_path, tmp_path / "other", _recipe())
+        start_from(PROGRAM, tmp_path, tmp_path / "other", _recipe())
     with pytest.raises(ValueError, match=r"seed=4 differs from 3"):
-        start_from(out, tmp_path / "other", _recipe(seed=4))
+        start_from(PROGRAM, out, tmp_path / "other", _recipe(seed=4))
 
 
 def test_command_line_resumes_only_when_told(tmp_path: Path) -> None:

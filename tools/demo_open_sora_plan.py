@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ from pipelines.models.wf_vae_layers import (
 )
 from pipelines.open_sora_plan import NEGATIVE_PROMPT, PROMPT_TEMPLATE, OpenSoraPlanParts
 from tools.convert_open_sora_plan import write_tensors
-from tools.demo_model import DitSize, VaeSize
+from tools.demo_model import TRAINING, DitSize, VaeSize
 from tools.moving_shapes import caption, scene_at
 from tools.tiny_open_sora_plan import write_spiece
 
@@ -255,8 +256,10 @@ def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, same_lengt
 # --- the pipeline directory -----------------------------------------------------------------------------------------
 
 
-def export_parts(parts: OpenSoraPlanParts, spiece: Path, out: Path, dtype: torch.dtype, card: str) -> int:
-    """Write the pipeline directory (safetensors in `dtype`, model card README.md) and return its size in bytes.
+def export_parts(
+    parts: OpenSoraPlanParts, spiece: Path, out: Path, dtype: torch.dtype, card: str, training: Mapping[str, Any]
+) -> int:
+    """Write the pipeline directory (safetensors in `dtype`, README.md, TRAINING) and return its size in bytes.
 
     The directory appears complete or not at all.
 
@@ -288,6 +291,7 @@ def export_parts(parts: OpenSoraPlanParts, spiece: Path, out: Path, dtype: torch
         }
         (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
         (temporary / "README.md").write_text(card)
+        (temporary / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
         files = [f for f in temporary.rglob("*") if f.is_file()]
         for file in files:
             file.chmod(0o644)
