@@ -80,7 +80,9 @@ def render_all(runtime: Runtime, path: str, expected: Arrays, helper_counts: tup
     return found
 
 
-@pytest.mark.parametrize(("world_size", "helper_counts"), [(5, (1, 2, 3)), (8, (1,))])
+@pytest.mark.parametrize(
+    ("world_size", "helper_counts"), [(5, (1, 2, 3)), pytest.param(8, (1,), marks=pytest.mark.slow)]
+)
 def test_a_helped_model_equals_diffusers_in_one_process(
     wide_checkpoint: Path, expected: Arrays, world_size: int, helper_counts: tuple[int, ...]
 ) -> None:

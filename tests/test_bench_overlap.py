@@ -149,6 +149,7 @@ def test_an_emulated_link_moves_tensors_and_all_members_agree_on_the_time(tmp_pa
     run_ranks(check_link, 3, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_chooser_runs_behind_a_link(tmp_path: Path) -> None:
     root = Path(__file__).parent.parent
     sizes = "--ranks 2 --heads 3 --head-ms 5 --projection-ms 2 --link-mbit 3 --repetitions 3 --video 30 --budget-s 1"

@@ -435,7 +435,7 @@ def alone(tiny_checkpoint: Path, launcher: LocalLauncher) -> dict[str, Tensor]:
         return latents(pipe)[0]
 
 
-@pytest.mark.parametrize(("dit_ranks", "vae_ranks"), [(2, 1), (3, 2)])
+@pytest.mark.parametrize(("dit_ranks", "vae_ranks"), [pytest.param(2, 1, marks=pytest.mark.slow), (3, 2)])
 def test_everything_automatic_gives_the_same_clips(
     tiny_checkpoint: Path,
     launcher: LocalLauncher,

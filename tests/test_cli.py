@@ -157,7 +157,10 @@ def check_finished_clips(out: Path, paths: list[str]) -> None:
     assert not [p.name for p in out.iterdir() if p.name.startswith(".")]
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGINT, 130, "interrupted; "), (signal.SIGTERM, 143, "")])
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGINT, 130, "interrupted; "), pytest.param(signal.SIGTERM, 143, "", marks=pytest.mark.slow)],
+)
 def test_ctrl_c_ends_within_5_s_and_leaves_nothing(
     tiny_checkpoint: Path, many_prompts: Path, tmp_path: Path, number: int, code: int, word: str
 ) -> None:

@@ -177,7 +177,11 @@ def shared_memory_of_runs() -> set[Path]:
     return set(Path("/dev/shm").glob("videopipe-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    ids=lambda n: n.name,
+)
 def test_a_script_that_ends_in_any_way_takes_its_ranks_with_it(script: subprocess.Popen[str], number: int) -> None:
     pids = wait_for_first_clip(script)
     script.send_signal(number)

@@ -61,7 +61,7 @@ def render_all(runtime: Runtime, path: str, expected: Arrays) -> dict[str, float
     return found
 
 
-@pytest.mark.parametrize(("world_size", "ways"), [(5, 3), (8, 5)])
+@pytest.mark.parametrize(("world_size", "ways"), [(5, 3), (6, 5), pytest.param(8, 5, marks=pytest.mark.slow)])
 def test_ring_and_usp_equal_diffusers_in_one_process(
     checkpoint: Path, expected: Arrays, world_size: int, ways: int
 ) -> None:
