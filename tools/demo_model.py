@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -362,30 +362,54 @@ def export_pipeline(
     Raises:
         ValueError: larger than MAX_BYTES, or `out` exists and is no pipeline directory.
     """
+
+    def write(folder: Path) -> None:
+        pipe.to(dtype)
+        pipe.save_pretrained(folder, safe_serialization=True)
+        index_file = folder / "model_index.json"
+        index = json.loads(index_file.read_text())
+        for name in ("tokenizer", "tokenizer_2"):  # the one class name that transformers 4 and 5 both load as it is
+            index[name] = ["transformers", "PreTrainedTokenizerFast"]
+        index_file.write_text(json.dumps(index, indent=2) + "\n")
+
+    return export_directory(write, out, dtype, card, training, MAX_BYTES)
+
+
+def export_directory(
+    write: Callable[[Path], None],
+    out: Path,
+    dtype: torch.dtype,
+    card: str,
+    training: Mapping[str, Any],
+    max_bytes: int,
+) -> int:
+    """Write a pipeline directory with README.md and TRAINING, complete or not at all, and return its size in bytes.
+
+    Args:
+        write: puts everything else into the empty folder that it is given, weights in `dtype`.
+    Raises:
+        ValueError: larger than max_bytes, or `out` exists and is no pipeline directory.
+    """
     if out.exists() and not (out / "model_index.json").is_file():
         raise ValueError(f"out={str(out)!r} exists and holds no model_index.json: choose a new directory")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    pipe.to(dtype)
-    pipe.save_pretrained(temporary, safe_serialization=True)
-    index_file = temporary / "model_index.json"
-    index = json.loads(index_file.read_text())
-    for name in ("tokenizer", "tokenizer_2"):  # the one class name that transformers 4 and 5 both load as it is
-        index[name] = ["transformers", "PreTrainedTokenizerFast"]
-    index_file.write_text(json.dumps(index, indent=2) + "\n")
-    (temporary / "README.md").write_text(card)
-    (temporary / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
-    files = [f for f in temporary.rglob("*") if f.is_file()]
-    for file in files:
-        file.chmod(0o644)
-    size = sum(f.stat().st_size for f in files)
-    if size > MAX_BYTES:
-        shutil.rmtree(temporary)
-        raise ValueError(f"the pipeline has {size} bytes in {dtype}, more than {MAX_BYTES}: choose smaller sizes")
-    temporary.chmod(0o755)
-    if out.exists():
-        shutil.rmtree(out)
-    temporary.rename(out)
+    try:
+        write(temporary)
+        (temporary / "README.md").write_text(card)
+        (temporary / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
+        files = [f for f in temporary.rglob("*") if f.is_file()]
+        for file in files:
+            file.chmod(0o644)
+        size = sum(f.stat().st_size for f in files)
+        if size > max_bytes:
+            raise ValueError(f"the pipeline has {size} bytes in {dtype}, more than {max_bytes}: choose smaller sizes")
+        temporary.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return size
 
 

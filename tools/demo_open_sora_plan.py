@@ -7,7 +7,6 @@ import json
 import math
 import shutil
 import string
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from pipelines.models.wf_vae_layers import (
 )
 from pipelines.open_sora_plan import NEGATIVE_PROMPT, PROMPT_TEMPLATE, OpenSoraPlanParts
 from tools.convert_open_sora_plan import write_tensors
-from tools.demo_model import TRAINING, DitSize, VaeSize
+from tools.demo_model import DitSize, VaeSize, export_directory
 from tools.moving_shapes import caption, scene_at
 from tools.tiny_open_sora_plan import write_spiece
 
@@ -268,20 +267,17 @@ def export_parts(
     Raises:
         ValueError: larger than MAX_BYTES, or `out` exists and is no pipeline directory.
     """
-    if out.exists() and not (out / "model_index.json").is_file():
-        raise ValueError(f"out={str(out)!r} exists and holds no model_index.json: choose a new directory")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+
+    def write(folder: Path) -> None:
         for name, model in (("transformer", parts.transformer), ("vae", parts.vae)):
-            write_tensors(temporary / name, DIFFUSERS_STEM, _sources(model.state_dict()), dtype, MAX_BYTES)
-            model.save_config(temporary / name)
+            write_tensors(folder / name, DIFFUSERS_STEM, _sources(model.state_dict()), dtype, MAX_BYTES)
+            model.save_config(folder / name)
         state = {key: value for key, value in parts.text_encoder.state_dict().items() if key != TEXT_ALIAS}
-        write_tensors(temporary / "text_encoder", "model", _sources(state), dtype, MAX_BYTES)
+        write_tensors(folder / "text_encoder", "model", _sources(state), dtype, MAX_BYTES)
         parts.text_encoder.config.architectures = ["MT5EncoderModel"]
-        parts.text_encoder.config.save_pretrained(temporary / "text_encoder")
-        (temporary / "tokenizer").mkdir()
-        shutil.copyfile(spiece, temporary / "tokenizer" / "spiece.model")
+        parts.text_encoder.config.save_pretrained(folder / "text_encoder")
+        (folder / "tokenizer").mkdir()
+        shutil.copyfile(spiece, folder / "tokenizer" / "spiece.model")
         index = {
             "_class_name": "OpenSoraPlanPipeline",
             "text_encoder": ["transformers", "MT5EncoderModel"],
@@ -289,22 +285,9 @@ def export_parts(
             "transformer": ["pipelines.models.open_sora_plan", "OpenSoraPlanTransformer3DModel"],
             "vae": ["pipelines.models.wf_vae", "WFVAEModel"],
         }
-        (temporary / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-        (temporary / "README.md").write_text(card)
-        (temporary / TRAINING).write_text(json.dumps(training, indent=1) + "\n")
-        files = [f for f in temporary.rglob("*") if f.is_file()]
-        for file in files:
-            file.chmod(0o644)
-        size = sum(f.stat().st_size for f in files)
-        if size > MAX_BYTES:
-            raise ValueError(f"the pipeline has {size} bytes in {dtype}, more than {MAX_BYTES}: choose smaller sizes")
-        temporary.chmod(0o755)
-        if out.exists():
-            shutil.rmtree(out)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return size
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    return export_directory(write, out, dtype, card, training, MAX_BYTES)
 
 
 def _sources(state: Mapping[str, Tensor]) -> dict[str, Source]:

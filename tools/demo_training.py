@@ -197,6 +197,13 @@ def state_of(values: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in values.items() if k.startswith(prefix)}
 
 
+def load_averages(modules: Mapping[str, nn.Module], values: Mapping[str, Tensor]) -> None:
+    """Give modules their averaged weights, which do not change from here on."""
+    for name, module in modules.items():
+        module.load_state_dict(state_of(values, name))
+        module.eval().requires_grad_(False)
+
+
 def learning_rate(peak: float, iteration: int, total: int, decay_from: float) -> float:
     """Warm-up over 100 iterations, constant, and from `decay_from` of the total a half cosine to 2 % of the peak."""
     warm = min(1.0, (iteration + 1) / 100)
@@ -313,6 +320,7 @@ class Trainer:
         self.optimizer = Optimizers(modules, lr, not_muon)
         self.ema = Ema(modules, ema_decay)
         self.iteration, self.seconds = 0, 0.0
+        self.evaluation: dict[str, Any] = {}  # the last one
         if self.file.exists():
             state = torch.load(self.file, map_location=compute.device, weights_only=True)
             self.ema.values = {key: state["ema"][key] for key in self.ema.values}  # in the order of the modules
@@ -345,8 +353,12 @@ class Trainer:
         """Train until the total, the deadline or stop_after, and checkpoint; True when the total is reached."""
         self.log({"iteration": self.iteration, "recipe": asdict(self.recipe), "device": str(self.compute.device)})
         self._train(make, loss_of, evaluate)
-        self.log({"iteration": self.iteration, "evaluation": evaluate()})
+        self._evaluate(evaluate)
         return self.iteration >= self.total
+
+    def _evaluate(self, evaluate: Callable[[], dict[str, Any]]) -> None:
+        self.evaluation = evaluate()
+        self.log({"iteration": self.iteration, "evaluation": self.evaluation})
 
     def _train(
         self,
@@ -388,7 +400,7 @@ class Trainer:
                 begun = saved = now
                 self.save()
             if now - evaluated > compute.eval_s:
-                self.log({"iteration": self.iteration, "evaluation": evaluate()})
+                self._evaluate(evaluate)
                 evaluated = time.monotonic()
         self.seconds += time.monotonic() - begun
         self.save()

@@ -78,8 +78,8 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def about_training(run: Path, recipe: Recipe) -> dict[str, Any]:
-    """What an exported directory says of its training, enough to go on: the recipe, iterations, seconds, scores.
+def trained(run: Path, recipe: Recipe, compute: Compute) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Averages of the second stage, and what an exported directory says of its training: enough to go on from.
 
     Raises:
         ValueError: the run has no finished VAE or no DiT checkpoint yet.
@@ -87,8 +87,8 @@ def about_training(run: Path, recipe: Recipe) -> dict[str, Any]:
     for name in ("vae.safetensors", "dit.ckpt"):
         if not (run / name).exists():
             raise ValueError(f"run={str(run)!r} holds no {name}: train with --stage dit first")
-    state = torch.load(run / "dit.ckpt", map_location="cpu", weights_only=True)
-    return {
+    state = torch.load(run / "dit.ckpt", map_location=compute.device, weights_only=True)
+    return state["ema"], {
         "recipe": asdict(recipe),
         "vae": json.loads((run / "vae.json").read_text()),
         "dit": {"iteration": state["iteration"], "seconds": round(state["seconds"], 1)},

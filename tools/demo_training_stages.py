@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tools.demo_model import SHIFT, VaeSize
 from tools.demo_training import Compute, Losses, Recipe, Trainer, batches, save_tensors, state_of, write_json
-from tools.moving_shapes import ATTRIBUTES, Detector, Scene, caption, render, scene_at, score
+from tools.moving_shapes import ATTRIBUTES, Detector, Scene, Split, caption, render, scene_at, score
 
 KL_WEIGHT = 1e-3
 MIN_PSNR_DB = 30.0
@@ -183,10 +183,10 @@ def evaluate_vae(vae: Any, recipe: Recipe, num_clips: int) -> dict[str, float]:
             psnr.append(-10 * math.log10(max(float(mse), 1e-10)))
             rights += score(scene, detector(made))
     result = {"clips": num_clips, "psnr_db": round(float(np.mean(psnr)), 2), "psnr_db_min": round(min(psnr), 2)}
-    return result | shares(rights)
+    return result | _shares(rights)
 
 
-def shares(rights: list[dict[str, bool]]) -> dict[str, float]:
+def _shares(rights: list[dict[str, bool]]) -> dict[str, float]:
     """Per attribute, and for all of them, the share of objects of which the detector read it rightly."""
     return {name: round(sum(r[name] for r in rights) / len(rights), 4) for name in (*ATTRIBUTES, "all")}
 
@@ -262,7 +262,7 @@ def train_decoder(kind: VaeKind, run: Path, recipe: Recipe, compute: Compute, it
 
     done = trainer.train(VaeBatches(recipe, first=recipe.vae_iterations), loss_of, evaluate)
     about = json.loads((run / "vae.json").read_text())
-    about |= {"decoder_iteration": trainer.iteration, "decoder_seconds": round(trainer.seconds, 1), **evaluate()}
+    about |= {"decoder_iteration": trainer.iteration, "decoder_seconds": round(trainer.seconds, 1)} | trainer.evaluation
     save_tensors(better(), file)
     write_json(about, run / "vae.json")
     return done
@@ -332,6 +332,9 @@ def cache_latents(kind: VaeKind, vae: nn.Module, run: Path, recipe: Recipe, comp
 
 # --- stage 2: the DiT and its text encoders -------------------------------------------------------------------------
 
+# Captions to the frames [T, H, W, 3] of a clip each, with noise of seed i for caption i.
+Render = Callable[[list[str]], Iterable[np.ndarray[Any, Any]]]
+
 
 def images_only(recipe: Recipe, iteration: int) -> bool:
     """Whether this DiT iteration sees only the first latent frame."""
@@ -376,14 +379,14 @@ def train_dit(
     latents: Tensor,
     make: DitBatches,
     loss_of: Callable[[Tensor, dict[str, Tensor], torch.Generator], Tensor],
-    evaluate: Callable[[dict[str, Tensor]], dict[str, Any]],
+    renderer_of: Callable[[dict[str, Tensor]], Render],
 ) -> bool:
     """Train modules together on cached latents until the total or the deadline; True when the total is reached.
 
     Args:
         latents: [N, C, T', H', W'] of `cache_latents`.
         loss_of: of clean latents fp32 [B, C, T', H', W'], the tokens of their captions and a generator for the noise.
-        evaluate: of averaged weights, as `Ema.values` names them.
+        renderer_of: averaged weights, as `Ema.values` names them, to what renders with them.
     """
     trainer = Trainer(
         stage="dit",
@@ -407,11 +410,21 @@ def train_dit(
         with compute.autocast(), compute.kept_scores():
             return loss_of(clean, tokens, generator), {}
 
-    return trainer.train(make, batch_loss, lambda: evaluate(trainer.ema.values))
+    def evaluate() -> dict[str, Any]:
+        render = renderer_of(trainer.ema.values)
+        splits: tuple[Split, ...] = ("train", "held_out")
+        return {split: _evaluate_prompts(render, recipe, compute.eval_prompts, split) for split in splits}
+
+    return trainer.train(make, batch_loss, evaluate)
 
 
-def evaluation_prompts(recipe: Recipe, count: int, split: Any) -> Iterator[tuple[Scene, str]]:
-    """Scenes and fresh captions of them that no training sees."""
-    for i in range(count):
-        scene = scene_at(recipe.seed + 2_000_003, i, split=split)
-        yield scene, caption(scene, np.random.default_rng([recipe.seed, EVAL_DRAWS, i]))
+@torch.no_grad()
+def _evaluate_prompts(render: Render, recipe: Recipe, count: int, split: Split) -> dict[str, float]:
+    """Share of objects whose attributes the detector finds in clips rendered from fresh captions."""
+    detector = Detector()
+    scenes = [scene_at(recipe.seed + 2_000_003, i, split=split) for i in range(count)]
+    texts = [caption(s, np.random.default_rng([recipe.seed, EVAL_DRAWS, i])) for i, s in enumerate(scenes)]
+    rights: list[dict[str, bool]] = []
+    for scene, frames in zip(scenes, render(texts), strict=True):
+        rights += score(scene, detector(frames))
+    return _shares(rights)

@@ -7,7 +7,7 @@ Everything random is a function of (seed, stage, iteration), so the iteration nu
 run that was stopped and resumed ends in the same weights, bit for bit, as one that was not (same device and threads).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,19 +36,17 @@ from tools.demo_model import (
     num_parameters,
     tokenize,
 )
-from tools.demo_training import Compute, Recipe, state_of
-from tools.demo_training_program import Program, about_training, run_program, weights_in
+from tools.demo_training import Compute, Recipe, load_averages
+from tools.demo_training_program import Program, run_program, trained, weights_in
 from tools.demo_training_stages import (
     DitBatches,
     VaeKind,
     cache_latents,
-    evaluation_prompts,
     finish_vae,
     noise_levels,
-    shares,
 )
 from tools.demo_training_stages import train_dit as train_on_latents
-from tools.moving_shapes import Detector, Scene, caption, scene_at, score
+from tools.moving_shapes import Scene, caption, scene_at
 
 # --- the VAE --------------------------------------------------------------------------------------------------------
 
@@ -203,9 +201,7 @@ def _build_parts(run: Path, recipe: Recipe, compute: Compute) -> _Parts:
 
 def _averaged_parts(run: Path, recipe: Recipe, compute: Compute, averages: dict[str, Tensor]) -> _Parts:
     parts = _build_parts(run, recipe, compute)
-    for name, module in parts.modules().items():
-        module.load_state_dict(state_of(averages, name))
-        module.eval().requires_grad_(False)
+    load_averages(parts.modules(), averages)
     return parts
 
 
@@ -219,13 +215,6 @@ def train_dit(run: Path, recipe: Recipe, compute: Compute, accept_vae: bool) -> 
             if compute.compile_blocks:
                 block.compile(dynamic=False)
 
-    def evaluate(averages: dict[str, Tensor]) -> dict[str, Any]:
-        pipe = _averaged_parts(run, recipe, compute, averages).pipeline(vae)
-        return {
-            split: evaluate_prompts(pipe, recipe, compute.eval_prompts, split=split, steps=16)
-            for split in ("train", "held_out")
-        }
-
     tokenizers = {"tokenizer": parts.tokenizer, "tokenizer_2": parts.tokenizer_2}
     return train_on_latents(
         run,
@@ -238,32 +227,25 @@ def train_dit(run: Path, recipe: Recipe, compute: Compute, accept_vae: bool) -> 
             recipe, _caption_or_nothing, partial(tokenize, **tokenizers, same_length=compute.compile_blocks)
         ),
         loss_of=lambda clean, tokens, generator: dit_loss(parts.dit, parts.llama, parts.clip, clean, tokens, generator),
-        evaluate=evaluate,
+        renderer_of=lambda averages: partial(
+            render, _averaged_parts(run, recipe, compute, averages).pipeline(vae), recipe
+        ),
     )
 
 
-@torch.no_grad()
-def evaluate_prompts(
-    pipe: HunyuanVideoPipeline, recipe: Recipe, count: int, *, split: Any, steps: int
-) -> dict[str, float]:
-    """Share of objects whose attributes the detector finds in clips rendered from fresh captions by the pipeline."""
-    detector = Detector()
-    rights: list[dict[str, bool]] = []
-    asked = list(evaluation_prompts(recipe, count, split))
-    for first in range(0, count, 16):
-        some = asked[first : first + 16]
-        video = pipe(
-            prompt=[text for _, text in some],
+def render(pipe: HunyuanVideoPipeline, recipe: Recipe, texts: list[str]) -> Iterator[np.ndarray[Any, Any]]:
+    """Clips float32 [T, H, W, 3] of 16 steps without guidance, 16 at a time."""
+    for first in range(0, len(texts), 16):
+        some = texts[first : first + 16]
+        yield from pipe(
+            prompt=some,
             height=recipe.height,
             width=recipe.width,
             num_frames=recipe.num_frames,
-            num_inference_steps=steps,
+            num_inference_steps=16,
             generator=[torch.Generator().manual_seed(first + i) for i in range(len(some))],
             output_type="np",
         ).frames
-        for (scene, _), frames in zip(some, video, strict=True):
-            rights += score(scene, detector(frames))
-    return shares(rights)
 
 
 # --- export ---------------------------------------------------------------------------------------------------------
@@ -301,9 +283,8 @@ def export(run: Path, out: Path, recipe: Recipe, compute: Compute, dtype: torch.
     Raises:
         ValueError: the run has no finished VAE or no DiT checkpoint yet.
     """
-    training = about_training(run, recipe)
+    averages, training = trained(run, recipe, compute)
     vae = finish_vae(HUNYUAN_VAE, run, recipe, compute, accept=True)
-    averages = torch.load(run / "dit.ckpt", map_location=compute.device, weights_only=True)["ema"]
     parts = _averaged_parts(run, recipe, compute, averages)
     shape = DIT_SHAPES[recipe.dit]
     scenes = [scene_at(0, i, num_objects=1) for i in range(400)]

@@ -8,7 +8,7 @@ guidance with a negative prompt. Everything else, from the scenes to checkpoints
 (`tools/demo_training.py`), and so is its promise: a stopped and resumed run ends in the same weights, bit for bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -46,19 +46,17 @@ from tools.demo_open_sora_plan import (
     with_whitening,
     write_tokenizer,
 )
-from tools.demo_training import Compute, Recipe, state_of
-from tools.demo_training_program import Program, about_training, run_program, weights_in
+from tools.demo_training import Compute, Recipe, load_averages
+from tools.demo_training_program import Program, run_program, trained, weights_in
 from tools.demo_training_stages import (
     DitBatches,
     VaeKind,
     cache_latents,
-    evaluation_prompts,
     finish_vae,
     noise_levels,
-    shares,
 )
 from tools.demo_training_stages import train_dit as train_on_latents
-from tools.moving_shapes import Detector, Scene, Split, caption, scene_at, score
+from tools.moving_shapes import Scene, caption, scene_at
 from videopipe.geometry import VideoSpec
 
 GUIDANCE_SCALE = 4.0  # of evaluations: enough for a model this small
@@ -188,9 +186,7 @@ def _averaged_parts(
 ) -> OpenSoraPlanParts:
     """The whole model with averaged weights, ready to render."""
     parts = _build_parts(run, recipe, compute)
-    for name, module in parts.modules().items():
-        module.load_state_dict(state_of(averages, name))
-        module.eval().requires_grad_(False)
+    load_averages(parts.modules(), averages)
     return OpenSoraPlanParts(tokenizer=parts.tokenizer, text_encoder=parts.text_encoder, transformer=parts.dit, vae=vae)
 
 
@@ -206,13 +202,6 @@ def train_dit(run: Path, recipe: Recipe, compute: Compute, accept_vae: bool) -> 
         whitened = vae.scale_latents(clean)
         return dit_loss(parts.dit, parts.text_encoder, whitened, tokens, alphas_cumprod, generator)
 
-    def evaluate(averages: dict[str, Tensor]) -> dict[str, Any]:
-        averaged = _averaged_parts(run, recipe, compute, averages, vae)
-        splits: tuple[Split, ...] = ("train", "held_out")
-        return {
-            split: evaluate_prompts(averaged, recipe, compute.eval_prompts, split=split, steps=25) for split in splits
-        }
-
     return train_on_latents(
         run,
         recipe,
@@ -226,28 +215,23 @@ def train_dit(run: Path, recipe: Recipe, compute: Compute, accept_vae: bool) -> 
             partial(tokenize, tokenizer=parts.tokenizer, same_length=compute.compile_blocks),
         ),
         loss_of=loss_of,
-        evaluate=evaluate,
+        renderer_of=lambda averages: partial(render, _averaged_parts(run, recipe, compute, averages, vae), recipe),
     )
 
 
-def evaluate_prompts(
-    parts: OpenSoraPlanParts, recipe: Recipe, count: int, *, split: Split, steps: int
-) -> dict[str, float]:
-    """Share of objects whose attributes the detector finds in clips rendered from fresh captions, with guidance."""
-    detector = Detector()
-    rights: list[dict[str, bool]] = []
-    for i, (scene, text) in enumerate(evaluation_prompts(recipe, count, split)):
-        frames = render_frames(
+def render(parts: OpenSoraPlanParts, recipe: Recipe, texts: list[str]) -> Iterator[np.ndarray[Any, Any]]:
+    """Clips uint8 [T, H, W, 3] of 25 steps with guidance, one at a time."""
+    spec = VideoSpec(height=recipe.height, width=recipe.width, num_frames=recipe.num_frames)
+    for seed, text in enumerate(texts):
+        yield render_frames(
             parts,
             text,
-            spec=VideoSpec(height=recipe.height, width=recipe.width, num_frames=recipe.num_frames),
-            num_inference_steps=steps,
+            spec=spec,
+            num_inference_steps=25,
             guidance_scale=GUIDANCE_SCALE,
-            seed=i,
+            seed=seed,
             max_sequence_length=TEXT_TOKENS,
-        )
-        rights += score(scene, detector(frames.numpy()))
-    return shares(rights)
+        ).numpy()
 
 
 # --- export ---------------------------------------------------------------------------------------------------------
@@ -284,9 +268,8 @@ def export(run: Path, out: Path, recipe: Recipe, compute: Compute, dtype: torch.
     Raises:
         ValueError: the run has no finished VAE or no DiT checkpoint yet.
     """
-    training = about_training(run, recipe)
+    averages, training = trained(run, recipe, compute)
     vae = finish_vae(WF_VAE, run, recipe, compute, accept=True)
-    averages = torch.load(run / "dit.ckpt", map_location=compute.device, weights_only=True)["ema"]
     parts = _averaged_parts(run, recipe, compute, averages, vae)
     shape = DIT_SHAPES[recipe.dit]
     card = _CARD.format(
