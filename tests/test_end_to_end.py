@@ -16,7 +16,7 @@ from videopipe.records import VideoRequest
 
 SIZE = {"height": 64, "width": 48, "num_frames": 17}
 CALL = {**SIZE, "num_inference_steps": 3}
-TOPOLOGIES = [(1, 0), (1, 1), (2, 1), (3, 2), (5, 1), (7, 1), (3, 0)]
+TOPOLOGIES = [(1, 0), (1, 1), (2, 1), (3, 2), pytest.param((5, 1), marks=pytest.mark.slow), (7, 1), (3, 0)]
 
 
 def request(index: int, **changes: object) -> VideoRequest:

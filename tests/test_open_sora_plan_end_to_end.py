@@ -112,7 +112,7 @@ def error(x: torch.Tensor, reference: torch.Tensor) -> float:
     return ((x - reference).abs().max() / reference.abs().max()).item()
 
 
-@pytest.mark.parametrize(("dit", "vae"), [(1, 0), (1, 1), (2, 1), (3, 1), (7, 1)])
+@pytest.mark.parametrize(("dit", "vae"), [(1, 0), (1, 1), (2, 1), (3, 1), pytest.param(7, 1, marks=pytest.mark.slow)])
 def test_a_clip_equals_that_of_one_process(
     checkpoint: Path, launcher: LocalLauncher, parts: OpenSoraPlanParts, dit: int, vae: int
 ) -> None:
