@@ -15,6 +15,7 @@ import pytest
 import torch
 from diffusers import HunyuanVideoPipeline
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from tools import demo_training
 from tools.demo_model import (
@@ -42,12 +43,13 @@ from tools.demo_training_stages import (
     cached_scene,
     finish_vae,
     noise_levels,
+    to_input,
     train_decoder,
     train_vae,
     vae_loss,
 )
-from tools.moving_shapes import caption, is_held_out, scene_at
-from tools.train_demo_model import HUNYUAN_VAE, PROGRAM, PlainAttention, main, train_dit
+from tools.moving_shapes import caption, is_held_out, render, scene_at
+from tools.train_demo_model import HUNYUAN_VAE, PROGRAM, PlainAttention, main, moments_of, train_dit
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -186,8 +188,10 @@ def test_training_lowers_the_loss() -> None:
 
 
 def test_only_trained_combinations_are_trained_on() -> None:
-    recipe = _recipe()
+    recipe = _recipe(cached_clips=150, cached_pairs=50)
     scenes = [cached_scene(recipe, i) for i in range(200)]
+    assert all(len(s.objects) == 2 for s in scenes[150:])
+    assert len({len(s.objects) for s in scenes[:150]}) == 2
     assert not any(is_held_out(t) for s in scenes for t in s.objects)
 
 
@@ -247,6 +251,24 @@ def test_a_cache_grows_without_being_made_again(whole_run: Path, tmp_path: Path)
     assert torch.equal(grown, torch.cat([marked, whole[16:]]))
     assert torch.equal(cache_latents(HUNYUAN_VAE, vae, tmp_path, _recipe(cached_clips=24), _compute()), grown[:24])
     assert len(load_file(tmp_path / "latents.safetensors")["latents"]) == 32
+
+
+def test_pairs_lie_behind_the_clips_of_a_cache(whole_run: Path, tmp_path: Path) -> None:
+    vae = finish_vae(HUNYUAN_VAE, whole_run, _recipe(), _compute(), accept=True)
+
+    def cached(clips: int, pairs: int) -> Tensor:
+        return cache_latents(HUNYUAN_VAE, vae, tmp_path, _recipe(cached_clips=clips, cached_pairs=pairs), _compute())
+
+    clips = cached(16, 0)
+    both = cached(16, 8)
+    assert torch.equal(both[:16], clips)
+    more = cached(32, 16)  # each of the two grows on its own
+    assert torch.equal(more[:16], clips) and torch.equal(more[32:40], both[16:])
+    recipe = _recipe(cached_clips=32, cached_pairs=16)
+    real = render(cached_scene(recipe, 32 + 8), 5, 32, 32)
+    mean, _ = moments_of(vae, to_input(real[None]))
+    assert (more[40].float() - mean[0]).abs().max() < 0.1  # bfloat16 arithmetic
+    assert (more[39].float() - mean[0]).abs().max() > 0.5  # the twin: another scene
 
 
 def test_a_vae_below_its_targets_is_not_trained_on(tmp_path: Path) -> None:
@@ -382,6 +404,14 @@ def test_noise_levels_match_the_shift() -> None:
     assert abs(float(sigma.median()) - 2 / 3) < 0.02  # shift 2 moves a half to two thirds
 
 
+def test_early_noise_levels_are_where_sampling_begins() -> None:
+    few, many = (noise_levels(20000, torch.Generator().manual_seed(0), early=share) for share in (0.0, 0.4))
+    assert 0 < many.min() < many.max() < 1
+    assert (few > 0.95).float().mean() < 0.03
+    assert (many > 0.95).float().mean() > 0.1
+    assert (few != many).float().mean() == pytest.approx(0.4, abs=0.02)
+
+
 def test_learning_rate_warms_up_and_decays() -> None:
     rates = [learning_rate(1.0, i, 1000, 0.6) for i in range(1000)]
     assert rates[0] < 0.02
@@ -404,6 +434,7 @@ def test_shipped_sizes_fit_the_limit_and_have_odd_heads(tokenizers: tuple[Any, A
         ({"num_frames": 16}, r"num_frames=16 must be 1 \+ 4\*k and at least 5, nearest is 17"),
         ({"height": 40}, r"height=40 must be a multiple of 16, at least 32, nearest is 32"),
         ({"batch_scale": 0.0}, r"batch_scale=0.0 must be positive"),
+        ({"cached_pairs": -1}, r"cached_pairs=-1 must be at least 0, nearest is 0"),
         ({"vae": "huge"}, r"vae='huge' must be one of tiny, small, wide, stock, nearest is 'small'"),
     ],
 )
@@ -417,7 +448,8 @@ def test_recipes_that_cannot_train_are_refused(change: dict[str, Any], message: 
 
 def _arguments(run: Path, *more: str) -> list[str]:
     sizes = ["--vae", "tiny", "--dit", "tiny", "--frames", "5", "--height", "32", "--width", "32", "--seed", "3"]
-    amounts = ["--vae-iterations", "2", "--dit-iterations", "2", "--batch-scale", "0.06", "--cached-clips", "16"]
+    amounts = ["--vae-iterations", "2", "--dit-iterations", "2", "--batch-scale", "0.06"]
+    amounts += ["--cached-clips", "16", "--cached-pairs", "8"]
     return ["--run", str(run), *sizes, *amounts, "--eval-prompts", "2", "--threads", "1", *more]
 
 

@@ -47,6 +47,7 @@ class Recipe:
     vae_lr: float
     dit_lr: float
     cached_clips: int
+    cached_pairs: int = 0  # further clips, all of two objects
 
     def check(self, vae_shapes: Mapping[VaeSize, Any], dit_shapes: Mapping[DitSize, Any]) -> None:
         """Refuse what cannot train, or a size that the family does not have.
@@ -69,6 +70,8 @@ class Recipe:
         for name in ("vae_iterations", "dit_iterations", "cached_clips", "batch_scale", "vae_lr", "dit_lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.cached_pairs < 0:
+            raise ValueError(f"cached_pairs={self.cached_pairs} must be at least 0, nearest is 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -157,6 +157,7 @@ def _parser(program: Program) -> argparse.ArgumentParser:
     recipe.add_argument("--vae-lr", type=float, default=2e-3)
     recipe.add_argument("--dit-lr", type=float, default=2e-3)
     recipe.add_argument("--cached-clips", type=int, default=24576)
+    recipe.add_argument("--cached-pairs", type=int, default=16384, help="further clips, all of two objects")
     return parser
 
 
@@ -176,6 +177,7 @@ def run_program(program: Program, argv: Sequence[str] | None = None) -> int:
         vae_lr=args.vae_lr,
         dit_lr=args.dit_lr,
         cached_clips=args.cached_clips,
+        cached_pairs=args.cached_pairs,
     )
     recipe.check(program.vae_shapes, program.dit_shapes)
     if args.anneal and math.isinf(args.minutes):

@@ -20,7 +20,8 @@ from tools.moving_shapes import ATTRIBUTES, Detector, Scene, Split, caption, ren
 KL_WEIGHT = 1e-3
 MIN_PSNR_DB = 30.0
 MIN_SHAPE_SCORE = 0.97
-VAE_DRAWS, CACHE_DRAWS, DIT_DRAWS, EVAL_DRAWS = range(4)  # first words of the random keys
+EARLY_SHIFT = 12.0
+VAE_DRAWS, CACHE_DRAWS, DIT_DRAWS, EVAL_DRAWS, PAIR_DRAWS = range(5)  # first words of the random keys
 _VAE_IMAGES_FIRST = 2000  # iterations; less where the total is small
 _DIT_IMAGES_FIRST = 500
 
@@ -272,21 +273,25 @@ def train_decoder(kind: VaeKind, run: Path, recipe: Recipe, compute: Compute, it
 
 
 def cached_scene(recipe: Recipe, index: int, stage: int = CACHE_DRAWS) -> Scene:
-    """The scene of a training clip."""
-    return scene_at(recipe.seed * 16 + stage + 1, index)
+    """The scene of a training clip: as the world draws them, and behind those the pairs."""
+    seed = recipe.seed * 16 + stage + 1
+    if stage != CACHE_DRAWS or index < recipe.cached_clips:
+        return scene_at(seed, index)
+    return scene_at(recipe.seed * 16 + PAIR_DRAWS + 1, index - recipe.cached_clips, num_objects=2)
 
 
 @dataclass(frozen=True, slots=True)
 class _RenderChunks:
-    """uint8 [size, T, H, W, 3] of scenes chunk*size and following."""
+    """uint8 [size, T, H, W, 3] of scenes first + chunk*size and following."""
 
     recipe: Recipe
     size: int
     stage: int = CACHE_DRAWS
+    first: int = 0
 
     def __call__(self, chunk: int) -> Tensor:
         r = self.recipe
-        scenes = [cached_scene(r, chunk * self.size + i, self.stage) for i in range(self.size)]
+        scenes = [cached_scene(r, self.first + chunk * self.size + i, self.stage) for i in range(self.size)]
         return torch.from_numpy(np.stack([render(s, r.num_frames, r.height, r.width) for s in scenes]))
 
 
@@ -314,19 +319,26 @@ def aggregate_moments(
 def cache_latents(kind: VaeKind, vae: nn.Module, run: Path, recipe: Recipe, compute: Compute) -> Tensor:
     """Latents float16 [N, C, T', H', W'] of the training clips, encoded once and kept in latents.safetensors.
 
-    A cache of fewer clips is added to, one of more is cut.
+    N is cached_clips + cached_pairs. A cache of fewer clips or pairs is added to, one of more is cut.
     """
     file = run / "latents.safetensors"
-    parts = [load_file(file)["latents"][: recipe.cached_clips]] if file.exists() else []
-    have = sum(len(part) for part in parts)
-    size = math.gcd(recipe.cached_clips, have, 16)
-    missing = batches(_RenderChunks(recipe, size), have // size, recipe.cached_clips // size, compute)
-    for frames in missing:
-        with compute.autocast():
-            parts.append(kind.moments(vae, to_input(frames.numpy()).to(compute.device))[0].half().cpu())
+    kept = load_file(file) if file.exists() else {}
+    total = recipe.cached_clips + recipe.cached_pairs
+    parts: list[Tensor] = []
+    for name, first, end in (("latents", 0, recipe.cached_clips), ("pairs", recipe.cached_clips, total)):
+        old = [kept[name][: end - first]] if name in kept else []
+        have = sum(len(part) for part in old)
+        size = math.gcd(end - first, have, 16)
+        new = []
+        for frames in batches(_RenderChunks(recipe, size, first=first), have // size, (end - first) // size, compute):
+            with compute.autocast():
+                new.append(kind.moments(vae, to_input(frames.numpy()).to(compute.device))[0].half().cpu())
+        if new:
+            kept[name] = torch.cat([*old, *new])
+            save_tensors(kept, file)
+            old = [kept[name]]
+        parts += old
     latents = torch.cat(parts)
-    if len(latents) > have:
-        save_tensors({"latents": latents}, file)
     return latents.to(compute.device) if compute.device.type == "cuda" else latents
 
 
@@ -353,20 +365,28 @@ class DitBatches:
         r = self.recipe
         rng = np.random.default_rng([r.seed, DIT_DRAWS, iteration])
         batch = (64 if images_only(r, iteration) else 32) * r.batch_scale
-        index = rng.integers(r.cached_clips, size=max(1, round(batch)))
+        index = rng.integers(r.cached_clips + r.cached_pairs, size=max(1, round(batch)))
         texts = [self.text_of(cached_scene(r, int(i)), rng) for i in index]
         return {"index": torch.from_numpy(index), **self.tokens_of(texts)}
 
 
-def noise_levels(count: int, generator: torch.Generator) -> Tensor:
+def noise_levels(count: int, generator: torch.Generator, *, early: float = 0.0) -> Tensor:
     """Sigmas [count] in (0, 1): logistic of N(log SHIFT, 1), a tenth uniform.
+
+    Where a thing is and which colour it has is settled early in sampling, between 0.9 and 1, and only 3 % of these
+    levels lie above 0.95.
+
+    Args:
+        early: share of levels that are the logistic of N(log EARLY_SHIFT, 1) instead.
 
     Source: logit-normal sampling, Esser et al. 2024 (arXiv 2403.03206), section 3.1.
     """
     device = generator.device
-    sigma = torch.sigmoid(math.log(SHIFT) + torch.randn(count, generator=generator, device=device))
+    normal = torch.randn(count, generator=generator, device=device)
     uniform = torch.rand(count, generator=generator, device=device)
-    return torch.where(torch.rand(count, generator=generator, device=device) < 0.1, uniform, sigma)
+    coin = torch.rand(count, generator=generator, device=device)
+    shift = torch.where(coin >= 1 - early, math.log(EARLY_SHIFT), math.log(SHIFT))
+    return torch.where(coin < 0.1, uniform, torch.sigmoid(shift + normal))
 
 
 def train_dit(

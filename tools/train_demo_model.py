@@ -85,6 +85,9 @@ HUNYUAN_VAE = VaeKind(
 # --- the DiT and the text encoders ----------------------------------------------------------------------------------
 
 
+_EARLY = 0.4  # of the noise levels; without them no colour was bound to its side (docs/demo_model.md)
+
+
 def _caption_or_nothing(scene: Scene, rng: np.random.Generator) -> str:
     """One in ten is empty, for guidance."""
     return "" if rng.random() < 0.1 else caption(scene, rng, omit=0.1)
@@ -144,7 +147,7 @@ def dit_loss(
 ) -> Tensor:
     """Flow matching: mean square of the predicted velocity (noise - clean) of clean [B, C, T', H', W'] float32."""
     noise = torch.randn(clean.shape, generator=generator, device=clean.device)
-    sigma = noise_levels(len(clean), generator)
+    sigma = noise_levels(len(clean), generator, early=_EARLY)
     s = sigma.view(-1, 1, 1, 1, 1)
     text, mask, pooled = encode_text(llama, clip, tokens)
     velocity = dit(
