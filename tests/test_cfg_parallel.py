@@ -171,7 +171,7 @@ def render_osp(runtime: Runtime, path: str, expected: Arrays) -> dict[str, float
     return found
 
 
-@pytest.mark.parametrize("world_size", [6, 8])
+@pytest.mark.parametrize("world_size", [6, pytest.param(8, marks=pytest.mark.slow)])
 def test_rows_on_halves_equal_one_process(osp_checkpoint: Path, osp_expected: Arrays, world_size: int) -> None:
     for found in run_ranks(render_osp, world_size, str(osp_checkpoint), osp_expected, timeout=120):
         assert len(found) == 4

@@ -179,7 +179,7 @@ def shared_memory_of_runs() -> set[Path]:
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)],
+    [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGTERM))],
     ids=lambda n: n.name,
 )
 def test_a_script_that_ends_in_any_way_takes_its_ranks_with_it(script: subprocess.Popen[str], number: int) -> None:

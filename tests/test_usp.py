@@ -109,7 +109,9 @@ def check_all(runtime: Runtime) -> int:
     return checked
 
 
-@pytest.mark.parametrize(("world_size", "meshes"), [(2, 2), (4, 4), (6, 6), pytest.param(8, 6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("world_size", "meshes"), [(2, 2), (4, 4), *(pytest.param(n, 6, marks=pytest.mark.slow) for n in (6, 8))]
+)
 def test_usp_equals_one_process(world_size: int, meshes: int) -> None:
     combinations = meshes * len(COUNTS[world_size]) * 2 * 2 * len(WAYS) * len(TOLERANCE)
     assert set(run_ranks(check_all, world_size, timeout=120)) == {combinations}
