@@ -39,6 +39,7 @@ from tools.demo_training import Compute, Recipe, learning_rate, open_log, open_r
 from tools.demo_training_program import slim, start_from
 from tools.demo_training_stages import (
     VaeBatches,
+    _reconstruction_loss,
     cache_latents,
     cached_scene,
     finish_vae,
@@ -295,6 +296,35 @@ def test_a_decoder_goes_on_without_moving_the_latents(whole_run: Path, tmp_path:
     assert changed == {"decoder", "post_quant_conv"}
     about = json.loads((run / "vae.json").read_text())
     assert (about["iteration"], about["decoder_iteration"]) == (6, 2)
+
+
+def test_noise_in_the_latents_is_measured_by_their_spread(whole_run: Path, tmp_path: Path) -> None:
+    weights = []
+    for noise in (0.0, 0.0, 0.5):
+        run = tmp_path / str(len(weights))
+        slim(whole_run, run)
+        assert train_decoder(HUNYUAN_VAE, run, _recipe(), _compute(), 1, latent_noise=noise)
+        weights.append(load_file(run / "vae.safetensors")["decoder.conv_out.conv.weight"])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    with pytest.raises(ValueError, match=r"latent_noise=-0.1 must be at least 0, nearest is 0"):
+        main(_arguments(tmp_path / "0", "--stage", "decoder", "--latent-noise", "-0.1"))
+
+
+def test_a_louder_channel_gets_louder_noise() -> None:
+    """Ten times the latents, ten times the noise: the decoder sees the same relative error in every channel."""
+    seen: list[Tensor] = []
+    kind = replace(HUNYUAN_VAE, decode=lambda vae, z: (seen.append(z), torch.zeros(8, 3, 1, 16, 16))[1])
+    mean = torch.randn(8, 4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    mean[:, 1] *= 10
+    for noise in (0.0, 0.4):
+        generator = torch.Generator().manual_seed(1)
+        certain = torch.full_like(mean, -60.0)
+        _reconstruction_loss(kind, torch.nn.Identity(), torch.zeros(8, 3, 1, 16, 16), mean, certain, generator, noise)
+    assert torch.allclose(seen[0], mean)
+    added = (seen[1] - mean).std((0, 2, 3, 4))
+    assert added[1] / added[0] == pytest.approx(10, rel=0.2)
+    assert 0.05 < added[0] < 0.4  # uniform up to 0.4, one amount for a clip
 
 
 # --- text ---------------------------------------------------------------------------------------------------------

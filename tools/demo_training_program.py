@@ -139,6 +139,7 @@ def _parser(program: Program) -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true", help="the DiT's blocks, on a CPU: minutes, then quicker")
     parser.add_argument("--accept-vae", action="store_true", help="train the DiT on a VAE that misses its targets")
     parser.add_argument("--decoder-iterations", type=int, default=1500, help="of --stage decoder")
+    parser.add_argument("--latent-noise", type=float, default=0.0, help="of --stage decoder: standard deviations")
     parser.add_argument("--checkpoint-minutes", type=float, default=5.0)
     parser.add_argument("--eval-minutes", type=float, default=20.0)
     parser.add_argument("--eval-prompts", type=int, default=64)
@@ -184,6 +185,8 @@ def run_program(program: Program, argv: Sequence[str] | None = None) -> int:
         raise ValueError("anneal=True needs --minutes: the time over which to decay")
     if args.stage in ("export", "slim") and args.export is None:
         raise ValueError(f"stage={args.stage!r} needs --export DIRECTORY")
+    if args.latent_noise < 0:
+        raise ValueError(f"latent_noise={args.latent_noise} must be at least 0, nearest is 0")
     goes_on = args.resume or args.stage == "decoder"
     if args.stage in _TRAINS and not goes_on and (args.run / "recipe.json").exists():
         raise ValueError(f"run={str(args.run)!r} already holds a run: pass --resume to continue it")
@@ -221,7 +224,7 @@ def run_program(program: Program, argv: Sequence[str] | None = None) -> int:
         if args.stage == "all" and not done and time.monotonic() > compute.deadline:
             return 0
     if args.stage == "decoder":
-        train_decoder(program.vae, args.run, recipe, compute, args.decoder_iterations)
+        train_decoder(program.vae, args.run, recipe, compute, args.decoder_iterations, latent_noise=args.latent_noise)
     if args.stage in ("dit", "all"):
         program.train_dit(args.run, recipe, compute, args.accept_vae)
     if args.export is not None:

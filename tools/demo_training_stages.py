@@ -124,10 +124,20 @@ def vae_loss(kind: VaeKind, vae: nn.Module, video: Tensor, generator: torch.Gene
 
 
 def _reconstruction_loss(
-    kind: VaeKind, vae: nn.Module, video: Tensor, mean: Tensor, logvar: Tensor, generator: torch.Generator
+    kind: VaeKind,
+    vae: nn.Module,
+    video: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    generator: torch.Generator,
+    latent_noise: float = 0.0,
 ) -> Losses:
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    error = (kind.decode(vae, mean + torch.exp(0.5 * logvar) * noise) - video).abs()
+    std = torch.exp(0.5 * logvar)
+    if latent_noise:
+        level = torch.rand(len(mean), 1, 1, 1, 1, generator=generator, device=mean.device) * latent_noise
+        std = torch.hypot(std, level * mean.std((0, 2, 3, 4), keepdim=True))
+    error = (kind.decode(vae, mean + std * noise) - video).abs()
     loss = (_edge_weight(video) * (error + error.square())).mean()
     return loss, {"mse": error.detach().square().mean()}
 
@@ -220,10 +230,18 @@ def finish_vae(kind: VaeKind, run: Path, recipe: Recipe, compute: Compute, *, ac
     return kind.finished(load_file(file, device=str(compute.device)), recipe, compute)
 
 
-def train_decoder(kind: VaeKind, run: Path, recipe: Recipe, compute: Compute, iterations: int) -> bool:
+def train_decoder(
+    kind: VaeKind, run: Path, recipe: Recipe, compute: Compute, iterations: int, *, latent_noise: float = 0.0
+) -> bool:
     """Train the decoder of a finished VAE on, its latents fixed, so that a DiT trained on them stays as it is.
 
     At the end the run's vae.safetensors has the better decoder; True when `iterations` are done.
+
+    Args:
+        latent_noise: noise of up to this many standard deviations is added to the latents, another amount for each
+            clip, so that the decoder also learns to draw from latents that a DiT gets not quite right.
+
+    Source of the noise: noise-augmented decoding, RAE, Zheng et al. 2025 (arXiv 2510.11690).
     Raises:
         ValueError: the run has no finished VAE.
     """
@@ -252,7 +270,7 @@ def train_decoder(kind: VaeKind, run: Path, recipe: Recipe, compute: Compute, it
         with compute.autocast(), compute.kept_scores():
             with torch.no_grad():
                 mean, logvar = kind.moments(vae, video)
-            return _reconstruction_loss(kind, vae, video, mean, logvar, generator)
+            return _reconstruction_loss(kind, vae, video, mean, logvar, generator, latent_noise)
 
     def better() -> dict[str, Tensor]:
         changed = ((name, trainer.ema.state_of(name)) for name in decoder)
