@@ -85,7 +85,7 @@ HUNYUAN_VAE = VaeKind(
 # --- the DiT and the text encoders ----------------------------------------------------------------------------------
 
 
-_EARLY = 0.4  # of the noise levels; without them no colour was bound to its side (docs/demo_model.md)
+_EARLY = 0.25  # of the noise levels; without them no colour was bound to its side (docs/demo_model.md)
 
 
 def _caption_or_nothing(scene: Scene, rng: np.random.Generator) -> str:
