@@ -94,6 +94,10 @@ def test_wrong_colours_and_wrong_motions_are_told_apart(prompts: list[BenchPromp
     assert colours["accuracy"]["motion"]["share"] == 1
     assert backwards["accuracy"]["colour"]["share"] == 1
     assert 0.2 < backwards["accuracy"]["motion"]["share"] < 0.8  # still, and bounce, look the same backwards
+    assert sum(colours["misread"]["colour"].values()) == colours["accuracy"]["colour"]["total"]
+    turned = {"left -> right", "right -> left", "up -> down", "down -> up", "grow -> None", "rotate -> still"}
+    assert backwards["misread"]["motion"].keys() <= turned
+    assert not backwards["misread"]["colour"]
     for result in (colours, backwards):
         assert result["p_same_as_reference"] < 0.01
         assert result["psnr_db"]["mean"] < MAX_PSNR_DB
@@ -112,6 +116,7 @@ def test_empty_clips_count_as_wrong_and_abstained(prompts: list[BenchPrompt]) ->
     result = measure(prompts, lambda ps: (np.zeros((17, 64, 64, 3), np.uint8) for _ in ps), None)
     assert result["accuracy"]["shape"]["right"] == 0
     assert result["abstained"]["shape"] == result["accuracy"]["shape"]["total"]
+    assert all(what.endswith(" -> None") for what in result["misread"]["shape"])
 
 
 @dataclass(frozen=True)

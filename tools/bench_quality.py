@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -437,6 +438,7 @@ def measure(prompts: Sequence[BenchPrompt], renderer: Renderer, reference: Seque
     Returns:
         "frames" (the clips), "right" (per prompt, all attributes of all objects), "accuracy" by attribute with
         right, total, share, low and high (per object; an abstention is wrong, and counted under "abstained"),
+        "misread" (per attribute, how often "said -> read" for every wrong reading; None is an abstention),
         "seconds_per_clip", and with a reference "psnr_db" and "ssim" (mean and half width of its 95 % interval),
         "identical" (clips) and "largest_difference" (of a value in any of them, of 255).
     Raises:
@@ -449,20 +451,22 @@ def measure(prompts: Sequence[BenchPrompt], renderer: Renderer, reference: Seque
     if len(clips) != len(prompts):
         raise ValueError(f"the renderer gave {len(clips)} clips for {len(prompts)} prompts")
     right = dict.fromkeys((*ATTRIBUTES, "all"), 0)
-    abstained = dict.fromkeys(ATTRIBUTES, 0)
+    misread: dict[str, Counter[str]] = {name: Counter() for name in ATTRIBUTES}
     total, every = 0, []
     for prompt, frames in zip(prompts, clips, strict=True):
         reading = detector(frames)
         scores = score(prompt.scene, reading)
         total += len(scores)
         every.append(all(s["all"] for s in scores))
-        for i, one in enumerate(scores):
-            matched = len(reading.objects) == len(scores)
+        matched = len(reading.objects) == len(scores)
+        for i, (thing, one) in enumerate(zip(prompt.scene.objects, scores, strict=True)):
             for name, value in one.items():
                 right[name] += value
-            for name in ("colour", "shape", "size", "motion"):
-                abstained[name] += not matched or getattr(reading.objects[i], name) is None
-            abstained["background"] += reading.background is None
+            for name in (name for name in ATTRIBUTES if not one[name]):
+                of_scene = name == "background"
+                said = getattr(prompt.scene if of_scene else thing, name)
+                read = reading.background if of_scene else getattr(reading.objects[i], name) if matched else None
+                misread[name][f"{said} -> {read}"] += 1
     accuracy = {}
     for name, count in right.items():
         low, high = wilson(count, total)
@@ -477,7 +481,10 @@ def measure(prompts: Sequence[BenchPrompt], renderer: Renderer, reference: Seque
         "frames": clips,
         "right": every,
         "accuracy": accuracy,
-        "abstained": abstained,
+        "abstained": {
+            name: sum(n for what, n in counts.items() if what.endswith("-> None")) for name, counts in misread.items()
+        },
+        "misread": {name: dict(counts.most_common()) for name, counts in misread.items()},
         "seconds_per_clip": round(seconds / len(prompts), 4),
     }
     if reference is not None:
