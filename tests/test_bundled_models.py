@@ -36,11 +36,7 @@ PROMPT = "a large red triangle moves left on a black background"
 STEPS = 4
 
 
-def needs(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(name not in bundled_models(), reason=f"bundled:{name} is not in this checkout yet")
-
-
-each_model = pytest.mark.parametrize("name", [pytest.param(name, marks=needs(name)) for name in MODELS])
+each_model = pytest.mark.parametrize("name", MODELS)
 
 
 def a_model(folder: Path) -> Path:
@@ -88,7 +84,6 @@ def render(
         return torch.as_tensor(pipe(PROMPT, num_inference_steps=STEPS, output_type="np", **call).frames)
 
 
-@needs("moving_shapes")
 def test_any_ranks_give_the_clip_of_diffusers(launcher: LocalLauncher) -> None:
     """Twelve heads: seven ranks do not divide them."""
     torch.set_num_threads(1)
@@ -110,7 +105,6 @@ def test_any_ranks_give_the_clip_of_diffusers(launcher: LocalLauncher) -> None:
     assert (other - exact).abs().max() > 0.1
 
 
-@needs("moving_shapes_open_sora_plan")
 def test_any_ranks_give_the_clip_of_one_process(launcher: LocalLauncher) -> None:
     torch.set_num_threads(1)
     name = "moving_shapes_open_sora_plan"

@@ -80,7 +80,7 @@ def check_all(runtime: Runtime) -> int:
     return checked
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world_size", [pytest.param(n, marks=pytest.mark.slow) if n == 8 else n for n in COUNTS])
 def test_ring_equals_one_process(world_size: int) -> None:
     combinations = sum(len(masks(counts)) for counts in COUNTS[world_size]) * 2 * (len(TOLERANCE) + 1)
     assert set(run_ranks(check_all, world_size)) == {combinations}

@@ -38,7 +38,7 @@ from pipelines.launch import LocalLauncher
 from pipelines.models.open_sora_plan_layout import find_folders
 from pipelines.models.open_sora_plan_loading import load_vae
 from pipelines.open_sora_plan import DEFAULT_GUIDANCE_SCALE, load_parts, render_frames
-from tools.moving_shapes import ATTRIBUTES, Detector, Scene, Split, caption, render, scene_at, score
+from tools.moving_shapes import ATTRIBUTES, Detector, Scene, Split, caption, render, said_and_read, scene_at, score
 from videopipe.config import Config, load_config
 from videopipe.files import write_bytes
 from videopipe.geometry import VideoSpec
@@ -451,22 +451,20 @@ def measure(prompts: Sequence[BenchPrompt], renderer: Renderer, reference: Seque
     if len(clips) != len(prompts):
         raise ValueError(f"the renderer gave {len(clips)} clips for {len(prompts)} prompts")
     right = dict.fromkeys((*ATTRIBUTES, "all"), 0)
-    misread: dict[str, Counter[str]] = {name: Counter() for name in ATTRIBUTES}
+    misread: dict[str, Counter[tuple[str, str | None]]] = {name: Counter() for name in ATTRIBUTES}
     total, every = 0, []
     for prompt, frames in zip(prompts, clips, strict=True):
         reading = detector(frames)
         scores = score(prompt.scene, reading)
         total += len(scores)
         every.append(all(s["all"] for s in scores))
-        matched = len(reading.objects) == len(scores)
-        for i, (thing, one) in enumerate(zip(prompt.scene.objects, scores, strict=True)):
+        for one in scores:
             for name, value in one.items():
                 right[name] += value
-            for name in (name for name in ATTRIBUTES if not one[name]):
-                of_scene = name == "background"
-                said = getattr(prompt.scene if of_scene else thing, name)
-                read = reading.background if of_scene else getattr(reading.objects[i], name) if matched else None
-                misread[name][f"{said} -> {read}"] += 1
+        for pairs_of in said_and_read(prompt.scene, reading):
+            for name, (said, read) in pairs_of.items():
+                if said != read:
+                    misread[name][said, read] += 1
     accuracy = {}
     for name, count in right.items():
         low, high = wilson(count, total)
@@ -482,9 +480,12 @@ def measure(prompts: Sequence[BenchPrompt], renderer: Renderer, reference: Seque
         "right": every,
         "accuracy": accuracy,
         "abstained": {
-            name: sum(n for what, n in counts.items() if what.endswith("-> None")) for name, counts in misread.items()
+            name: sum(n for (_, read), n in counts.items() if read is None) for name, counts in misread.items()
         },
-        "misread": {name: dict(counts.most_common()) for name, counts in misread.items()},
+        "misread": {
+            name: {f"{said} -> {read}": n for (said, read), n in counts.most_common()}
+            for name, counts in misread.items()
+        },
         "seconds_per_clip": round(seconds / len(prompts), 4),
     }
     if reference is not None:

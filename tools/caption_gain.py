@@ -16,15 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import HunyuanVideoPipeline
-from torch import Tensor
 
 from pipelines.bundled import find_weights
 from tools.demo_model import encode_text, tokenize
 from tools.demo_training_stages import to_input
 from tools.moving_shapes import Scene, caption, render, scene_at
-from tools.train_demo_model import moments_of
+from tools.train_demo_model import moments_of, velocity_loss
 
 EXCHANGED = ("colour", "shape", "motion")
 SIGMAS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4)
@@ -75,26 +73,12 @@ def caption_gains(
                 pipe.text_encoder, pipe.text_encoder_2, tokenize(texts[some], pipe.tokenizer, pipe.tokenizer_2)
             )
             for sigma, noise in zip(sigmas, noises, strict=True):
-                totals[sigma][name] += _loss(pipe, clean, noise, sigma, *text) * len(clean) / num_clips
+                loss = velocity_loss(pipe.transformer, text, clean, noise, torch.full((len(clean),), sigma))
+                totals[sigma][name] += loss.item() * len(clean) / num_clips
     return {
         sigma: {name: value if name == "right" else value - of["right"] for name, value in of.items()}
         for sigma, of in totals.items()
     }
-
-
-def _loss(
-    pipe: HunyuanVideoPipeline, clean: Tensor, noise: Tensor, sigma: float, text: Tensor, mask: Tensor, pooled: Tensor
-) -> float:
-    velocity = pipe.transformer(
-        hidden_states=(1 - sigma) * clean + sigma * noise,
-        timestep=torch.full((len(clean),), sigma * 1000),
-        encoder_hidden_states=text,
-        encoder_attention_mask=mask,
-        pooled_projections=pooled,
-        guidance=torch.full((len(clean),), 6000.0),
-        return_dict=False,
-    )[0]
-    return F.mse_loss(velocity, noise - clean).item()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

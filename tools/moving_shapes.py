@@ -559,17 +559,24 @@ def score(scene: Scene, reading: Reading) -> list[dict[str, bool]]:
 
     Each dictionary has the keys of ATTRIBUTES and "all". A wrong number of objects makes every object attribute wrong.
     """
-    result = []
+    rights = [{name: said == read for name, (said, read) in one.items()} for one in said_and_read(scene, reading)]
+    return [right | {"all": all(right.values())} for right in rights]
+
+
+def said_and_read(scene: Scene, reading: Reading) -> list[dict[str, tuple[str, str | None]]]:
+    """Per object of the scene, what the scene has and what was read of each of ATTRIBUTES (None: an abstention).
+
+    Nothing counts as read of any object where their number was read wrongly.
+    """
     matched = len(reading.objects) == len(scene.objects)
-    for i, thing in enumerate(scene.objects):
-        right = {
-            name: matched and getattr(reading.objects[i], name) == getattr(thing, name)
+    return [
+        {
+            name: (getattr(thing, name), getattr(reading.objects[i], name) if matched else None)
             for name in ("colour", "shape", "size", "motion")
         }
-        right["background"] = reading.background == scene.background
-        right["all"] = all(right.values())
-        result.append(right)
-    return result
+        | {"background": (scene.background, reading.background)}
+        for i, thing in enumerate(scene.objects)
+    ]
 
 
 def blur_and_noise(frames: Bytes, blur: float, noise: float, rng: np.random.Generator) -> Floats:
@@ -610,12 +617,11 @@ def confusion(
         frames = render(scene, num_frames, height, width)
         reading = detector(blur_and_noise(frames, blur, noise, np.random.default_rng([seed, index, 1])))
         table["objects"][str(len(scene.objects)), str(len(reading.objects))] += 1
-        table["background"][scene.background, str(reading.background)] += 1
-        matched = len(reading.objects) == len(scene.objects)
-        for i, thing in enumerate(scene.objects):
-            for name in ("colour", "shape", "size", "motion"):
-                read = str(getattr(reading.objects[i], name)) if matched else "None"
-                table[name][getattr(thing, name), read] += 1
+        objects = said_and_read(scene, reading)
+        for i, one in enumerate(objects):
+            for name, (said, read) in one.items():
+                if name != "background" or i == 0:  # the scene has one background
+                    table[name][said, str(read)] += 1
     return table
 
 

@@ -148,8 +148,19 @@ def dit_loss(
     """Flow matching: mean square of the predicted velocity (noise - clean) of clean [B, C, T', H', W'] float32."""
     noise = torch.randn(clean.shape, generator=generator, device=clean.device)
     sigma = noise_levels(len(clean), generator, early=_EARLY)
+    return velocity_loss(dit, encode_text(llama, clip, tokens), clean, noise, sigma)
+
+
+def velocity_loss(
+    dit: HunyuanVideoTransformer3DModel,
+    encoded: tuple[Tensor, Tensor, Tensor],
+    clean: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+) -> Tensor:
+    """The loss of `dit_loss` at the noise levels sigma [B], with text as `encode_text` gives it."""
+    text, mask, pooled = encoded
     s = sigma.view(-1, 1, 1, 1, 1)
-    text, mask, pooled = encode_text(llama, clip, tokens)
     velocity = dit(
         hidden_states=(1 - s) * clean + s * noise,
         timestep=sigma * 1000,
