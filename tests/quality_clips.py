@@ -8,6 +8,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from videopipe.media import scheduled_as_before
+
 Frames = NDArray[np.uint8]
 
 
@@ -44,7 +46,7 @@ def write_video(
     options: dict[str, str] | None = None,
 ) -> Path:
     """Encode [T, H, W, 3]; exact by default. `times` are presentation times in ms for a variable frame rate."""
-    with av.open(str(path), "w") as container:
+    with scheduled_as_before(), av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=fps, options={"crf": crf, **(options or {})})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
         stream.thread_count = 1

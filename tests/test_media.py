@@ -1,6 +1,7 @@
 """Clips on disk: readable, exact where promised, whole or absent."""
 
 import hashlib
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -97,6 +98,37 @@ def test_every_codec_gives_the_same_bytes_twice(tmp_path: Path, codec: str) -> N
         hashes.append(hashlib.sha256(path.read_bytes()).hexdigest())
     assert hashes[0] == hashes[1]
     assert hashes[0] != hashes[2]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root's encoders may become real-time")
+def test_an_encoder_leaves_no_thread_real_time(tmp_path: Path) -> None:
+    program = """
+import os, sys, numpy, av
+from pathlib import Path
+from videopipe import media
+
+def policies():
+    return {os.sched_getscheduler(int(thread)) for thread in os.listdir("/proc/self/task")}
+
+frames = numpy.zeros((3, 64, 64, 3), numpy.uint8)
+with media.VideoWriter(Path(sys.argv[1]), height=64, width=64, fps=24, codec="libsvtav1") as writer:
+    writer.write(frames)
+    print(len(os.listdir("/proc/self/task")) > 8, policies() == {os.SCHED_OTHER})
+stream = av.open(sys.argv[1] + ".twin.mp4", "w").add_stream("libsvtav1", rate=24)
+stream.height, stream.width, stream.pix_fmt = 64, 64, "yuv420p"
+stream.encode(av.VideoFrame.from_ndarray(frames[0], format="rgb24"))
+print(policies() == {os.SCHED_OTHER})  # the twin: without us it does
+os._exit(0)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.mp4")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert ran.stdout.split() == ["True", "True", "False"]
 
 
 def test_matroska_is_deterministic_and_rgb_is_lossless(tmp_path: Path) -> None:

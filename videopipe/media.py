@@ -7,7 +7,9 @@ import difflib
 import functools
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -149,7 +151,12 @@ class VideoWriter:
             else:
                 frame = frame.reformat(format=self._pixel_format, dst_colorspace=_BT709, dst_color_range=_MPEG_RANGE)
             frame.pts, frame.time_base = self.num_frames, 1 / self._rate
-            self._container.mux(self._stream.encode(frame))
+            if not self.num_frames:  # the first one opens the encoder
+                with scheduled_as_before():
+                    packets = self._stream.encode(frame)
+            else:
+                packets = self._stream.encode(frame)
+            self._container.mux(packets)
             self.num_frames += 1
 
     def close(self) -> None:
@@ -196,6 +203,30 @@ class VideoWriter:
             self.close()
         else:
             self.abort()
+
+
+@contextmanager
+def scheduled_as_before() -> Iterator[None]:
+    """The calling thread, and threads begun meanwhile, leave under the scheduling policy that it entered with (Linux).
+
+    SVT-AV1 4.1, where it may (as root), makes the thread that opens it real-time, of the highest priority, and its own
+    threads with it. Processes forked from such a thread are real-time too: a rank of gloo that polls then keeps its
+    core from the very thread it waits for, and stands still for minutes.
+    """
+    if not hasattr(os, "sched_setscheduler"):
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    threads = Path("/proc/self/task")
+    others = {thread.name for thread in threads.iterdir()}
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
+        for thread in threads.iterdir():
+            if thread.name not in others:
+                with suppress(ProcessLookupError):  # it has ended
+                    os.sched_setscheduler(int(thread.name), policy, parameters)
 
 
 def _options(codec: str) -> dict[str, str]:
