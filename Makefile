@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# files of tests at a time: a rank has one thread and waits for others much of the time
+WORKERS ?= 2
 # pip compiles .pyc files while it installs; never let a caller's setting turn that into 10 s per process later
 export PYTHONDONTWRITEBYTECODE :=
 
@@ -16,7 +18,7 @@ $(STAMP): pyproject.toml constraints-ci.txt
 	touch $(STAMP)
 
 test: $(STAMP) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
