@@ -9,7 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -151,10 +151,7 @@ class VideoWriter:
             else:
                 frame = frame.reformat(format=self._pixel_format, dst_colorspace=_BT709, dst_color_range=_MPEG_RANGE)
             frame.pts, frame.time_base = self.num_frames, 1 / self._rate
-            if not self.num_frames:  # the first one opens the encoder
-                with scheduled_as_before():
-                    packets = self._stream.encode(frame)
-            else:
+            with nullcontext() if self.num_frames else scheduled_as_before():  # the first one opens the encoder
                 packets = self._stream.encode(frame)
             self._container.mux(packets)
             self.num_frames += 1
