@@ -136,7 +136,7 @@ SCRIPT = """
 import sys, time
 from pipelines import HunyuanVideoPipeline
 pipe = HunyuanVideoPipeline.from_pretrained(sys.argv[1], overrides=["runtime.threads_per_rank=1"])
-print("pids", *pipe.engine.pids.values(), flush=True)
+print(pipe.engine._run_directory, *pipe.engine.pids.values(), flush=True)
 for result in pipe.render(["a fox"] * 200):
     print("finished", result.request_id, flush=True)
 """
@@ -156,12 +156,13 @@ def script(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[subprocess.Popen[s
     process.communicate()
 
 
-def wait_for_first_clip(process: subprocess.Popen[str]) -> list[int]:
+def wait_for_first_clip(process: subprocess.Popen[str]) -> tuple[Path, list[int]]:
+    """Where the run keeps its sockets and frames, and the processes of its ranks."""
     assert process.stdout is not None
-    pids = [int(pid) for pid in process.stdout.readline().split()[1:]]
+    directory, *pids = process.stdout.readline().split()
     assert len(pids) == 2
     assert process.stdout.readline().startswith("finished")
-    return pids
+    return Path(directory), [int(pid) for pid in pids]
 
 
 def gone(pids: list[int], within_s: float) -> bool:
@@ -173,17 +174,13 @@ def gone(pids: list[int], within_s: float) -> bool:
     return False
 
 
-def shared_memory_of_runs() -> set[Path]:
-    return set(Path("/dev/shm").glob("videopipe-*"))
-
-
 @pytest.mark.parametrize(
     "number",
     [signal.SIGKILL, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGTERM))],
     ids=lambda n: n.name,
 )
 def test_a_script_that_ends_in_any_way_takes_its_ranks_with_it(script: subprocess.Popen[str], number: int) -> None:
-    pids = wait_for_first_clip(script)
+    _, pids = wait_for_first_clip(script)
     script.send_signal(number)
     since = time.monotonic()
     script.wait(timeout=10)
@@ -193,15 +190,14 @@ def test_a_script_that_ends_in_any_way_takes_its_ranks_with_it(script: subproces
 
 
 def test_nothing_stays_in_shared_memory(script: subprocess.Popen[str]) -> None:
-    before = shared_memory_of_runs()
-    pids = wait_for_first_clip(script)
-    during = shared_memory_of_runs() - before
+    directory, pids = wait_for_first_clip(script)
+    assert directory.is_dir()
     script.kill()
     assert gone(pids, within_s=5)
     deadline = time.monotonic() + 5
-    while shared_memory_of_runs() & during and time.monotonic() < deadline:
+    while directory.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not shared_memory_of_runs() & during
+    assert not directory.exists()
 
 
 # ---- which of several signs is the cause: no processes, a clock of our own ------------------------------------------
