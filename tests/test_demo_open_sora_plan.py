@@ -300,6 +300,27 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load_tokenizer(folder)
 
 
+def test_a_fresh_text_encoder_knows_the_order_of_words(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    encoder = build_text_encoder("base", len(tokenizer)).eval()
+    texts = [
+        "a red square on the left and a blue bar on the right",
+        "a blue square on the left and a red bar on the right",
+    ]
+
+    def difference() -> float:
+        """Between the averages over the words, which a bag of words gives the same for both."""
+        tokens = tokenize(texts, tokenizer)
+        assert tokens["mask"].all()
+        with torch.no_grad():
+            one, other = encoder(input_ids=tokens["ids"], attention_mask=tokens["mask"]).last_hidden_state.mean(1)
+        return float((one - other).norm() / one.norm())
+
+    assert difference() > 0.02
+    torch.nn.init.zeros_(encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight)
+    assert difference() < 1e-5
+
+
 def test_every_word_of_the_grammar_is_one_token(tokenizer: Any) -> None:
     rng = np.random.default_rng(0)
     for i in range(300):

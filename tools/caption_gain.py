@@ -9,20 +9,26 @@ something; where it costs nothing the model has not learnt to bind that attribut
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import HunyuanVideoPipeline
+from torch import Tensor
 
 from pipelines.bundled import find_weights
+from pipelines.models.zero_snr_scheduler import make_scheduler
+from pipelines.open_sora_plan import OpenSoraPlanParts, load_parts, prompt_rows
+from tools import demo_open_sora_plan as plan
+from tools import train_demo_model as moving
+from tools import train_demo_open_sora_plan as train_plan
+from tools.bench_quality import family_of
 from tools.demo_model import encode_text, tokenize
 from tools.demo_training_stages import to_input
 from tools.moving_shapes import Scene, caption, render, scene_at
-from tools.train_demo_model import moments_of, velocity_loss
 
 EXCHANGED = ("colour", "shape", "motion")
 SIGMAS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4)
@@ -47,14 +53,50 @@ def _can_exchange(scene: Scene) -> bool:
     return not (circle and "rotate" in (left.motion, right.motion))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DemoModel:
+    """What is asked of a model of either family.
+
+    `latents`: clean latents [B, C, T', H', W'] of video [B, 3, T, H, W]. `loss`: the loss of training, over texts [B],
+    clean latents, noise of their shape and one noise level, the s of (1 - s) * clean + s * noise.
+    """
+
+    latents: Callable[[Tensor], Tensor]
+    loss: Callable[[list[str], Tensor, Tensor, float], float]
+
+
+def first_model(pipe: HunyuanVideoPipeline) -> DemoModel:
+    """HunyuanVideo's architecture: flow matching."""
+
+    def loss(texts: list[str], clean: Tensor, noise: Tensor, level: float) -> float:
+        tokens = tokenize(texts, pipe.tokenizer, pipe.tokenizer_2)
+        text = encode_text(pipe.text_encoder, pipe.text_encoder_2, tokens)
+        return moving.velocity_loss(pipe.transformer, text, clean, noise, torch.full((len(clean),), level)).item()
+
+    return DemoModel(latents=lambda video: moving.moments_of(pipe.vae, video)[0], loss=loss)
+
+
+def second_model(parts: OpenSoraPlanParts) -> DemoModel:
+    """Open-Sora-Plan's architecture: v-prediction, at the timestep with the level's signal-to-noise ratio."""
+    alphas_cumprod = make_scheduler().alphas_cumprod
+
+    def loss(texts: list[str], clean: Tensor, noise: Tensor, level: float) -> float:
+        rows = [prompt_rows(text, guidance_scale=1.0)[0] if text else "" for text in texts]
+        text = train_plan.encode_text(parts.transformer, parts.text_encoder, plan.tokenize(rows, parts.tokenizer))
+        t = train_plan.timestep_of(torch.full((len(clean),), level), alphas_cumprod)
+        return train_plan.v_loss(parts.transformer, text, clean, noise, t, alphas_cumprod).item()
+
+    return DemoModel(latents=lambda video: parts.vae.scale_latents(plan.moments_of(parts.vae, video)[0]), loss=loss)
+
+
 @torch.no_grad()
 def caption_gains(
-    pipe: HunyuanVideoPipeline, num_clips: int, *, seed: int, sigmas: Sequence[float] = SIGMAS
+    model: DemoModel, num_clips: int, *, seed: int, sigmas: Sequence[float] = SIGMAS
 ) -> dict[float, dict[str, float]]:
-    """By sigma the flow-matching loss with the right caption ("right") and what every wrong one adds.
+    """By sigma the training's loss with the right caption ("right") and what every wrong one adds.
 
     Args:
-        pipe: a demo pipeline for 17 frames of 64x64.
+        model: one that draws 17 frames of 64x64.
         num_clips: clips of two trained combinations that differ in all that is exchanged.
     """
     scenes = list(islice(filter(_can_exchange, (scene_at(seed, i, num_objects=2) for i in count())), num_clips))
@@ -65,16 +107,11 @@ def caption_gains(
     generator = torch.Generator().manual_seed(seed)
     for first in range(0, num_clips, 16):
         some = slice(first, first + 16)
-        frames = np.stack([render(s, 17, 64, 64) for s in scenes[some]])
-        clean, _ = moments_of(pipe.vae, to_input(frames))
+        clean = model.latents(to_input(np.stack([render(s, 17, 64, 64) for s in scenes[some]])))
         noises = [torch.randn(clean.shape, generator=generator) for _ in sigmas]
         for name, texts in captions.items():
-            text = encode_text(
-                pipe.text_encoder, pipe.text_encoder_2, tokenize(texts[some], pipe.tokenizer, pipe.tokenizer_2)
-            )
             for sigma, noise in zip(sigmas, noises, strict=True):
-                loss = velocity_loss(pipe.transformer, text, clean, noise, torch.full((len(clean),), sigma))
-                totals[sigma][name] += loss.item() * len(clean) / num_clips
+                totals[sigma][name] += model.loss(texts[some], clean, noise, sigma) * len(clean) / num_clips
     return {
         sigma: {name: value if name == "right" else value - of["right"] for name, value in of.items()}
         for sigma, of in totals.items()
@@ -84,16 +121,20 @@ def caption_gains(
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one line per noise level."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="an exported directory of the first demo model, or bundled:moving_shapes")
+    parser.add_argument("model", help="an exported directory of either demo model, or bundled:NAME")
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--seed", type=int, default=777)
     parser.add_argument("--threads", type=int, default=0)
     args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
-    pipe = HunyuanVideoPipeline.from_pretrained(Path(find_weights(args.model)), torch_dtype=torch.float32)
+    folder = Path(find_weights(args.model))
+    if family_of(folder) == "open-sora-plan":
+        model = second_model(load_parts(folder))
+    else:
+        model = first_model(HunyuanVideoPipeline.from_pretrained(folder, torch_dtype=torch.float32))
     sys.stdout.write(f"{'sigma':>6}{'loss':>9}" + "".join(f"{'+' + name:>10}" for name in (*EXCHANGED, "none")) + "\n")
-    for sigma, gains in caption_gains(pipe, args.clips, seed=args.seed).items():
+    for sigma, gains in caption_gains(model, args.clips, seed=args.seed).items():
         rest = "".join(f"{gains[name]:10.4f}" for name in (*EXCHANGED, "none"))
         sys.stdout.write(f"{sigma:6.2f}{gains['right']:9.4f}{rest}\n")
     return 0

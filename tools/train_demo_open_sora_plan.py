@@ -23,6 +23,7 @@ from transformers import MT5EncoderModel, PreTrainedTokenizerBase
 from pipelines.models.open_sora_plan import (
     OpenSoraPlanTransformer3DModel,
     SelfAttnProcessor,
+    TextContext,
     from_groups,
     to_groups,
 )
@@ -105,11 +106,15 @@ def timesteps(count: int, alphas_cumprod: Tensor, generator: torch.Generator) ->
     sampling, from pure noise, would hardly be trained.
     """
     uniform = torch.randint(len(alphas_cumprod), (count,), generator=generator, device=generator.device)
-    level = noise_levels(count, generator)  # of x = (1 - s) * clean + s * noise
-    snr = alphas_cumprod / (1 - alphas_cumprod)  # falls with t
-    chosen = torch.searchsorted(-snr.log(), -2 * torch.log((1 - level) / level)).clamp(max=len(snr) - 1)
+    chosen = timestep_of(noise_levels(count, generator), alphas_cumprod)
     coin = torch.rand(count, generator=generator, device=generator.device)
     return torch.where(coin < 0.5, uniform, chosen)
+
+
+def timestep_of(level: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Timesteps int64 of the signal-to-noise ratios of (1 - level) * clean + level * noise, for levels of 0 to 1."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)  # falls with t
+    return torch.searchsorted(-snr.log(), -2 * torch.log((1 - level) / level)).clamp(max=len(snr) - 1)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, *, sparse: SkipSparse, key_bias: Tensor | None) -> Tensor:
@@ -150,9 +155,27 @@ def dit_loss(
     """
     noise = torch.randn(clean.shape, generator=generator, device=clean.device)
     t = timesteps(len(clean), alphas_cumprod, generator)
-    a = alphas_cumprod[t].view(-1, 1, 1, 1, 1)
+    return v_loss(dit, encode_text(dit, text_encoder, tokens), clean, noise, t, alphas_cumprod)
+
+
+def encode_text(
+    dit: OpenSoraPlanTransformer3DModel, text_encoder: MT5EncoderModel, tokens: dict[str, Tensor]
+) -> TextContext:
+    """What the DiT reads of the tokens that `tokenize` gives."""
     embeds = text_encoder(input_ids=tokens["ids"], attention_mask=tokens["mask"]).last_hidden_state
-    text = dit.encode_text(embeds[:, None], tokens["mask"][:, None])
+    return dit.encode_text(embeds[:, None], tokens["mask"][:, None])
+
+
+def v_loss(
+    dit: OpenSoraPlanTransformer3DModel,
+    text: TextContext,
+    clean: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    alphas_cumprod: Tensor,
+) -> Tensor:
+    """The loss of `dit_loss` at the timesteps t int64 [B], with text as `encode_text` gives it."""
+    a = alphas_cumprod[t].view(-1, 1, 1, 1, 1)
     v = dit(a.sqrt() * clean + (1 - a).sqrt() * noise, t.float(), text=text, return_dict=False)[0]
     return F.mse_loss(v.float(), a.sqrt() * noise - (1 - a).sqrt() * clean)
 
