@@ -4,7 +4,8 @@ import torch
 from diffusers import HunyuanVideoPipeline
 
 from pipelines.bundled import bundled_models
-from tools.caption_gain import EXCHANGED, DemoModel, caption_gains, exchange, first_model
+from pipelines.open_sora_plan import load_parts
+from tools.caption_gain import EXCHANGED, DemoModel, caption_gains, exchange, first_model, second_model
 from tools.moving_shapes import MovingObject, Scene
 
 
@@ -35,3 +36,10 @@ def test_a_wrong_motion_costs_and_a_model_without_its_text_does_not_mind() -> No
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):  # the twin: all texts look the same
         torch.nn.init.zeros_(encoder.get_input_embeddings().weight)
     assert abs(motion_gain(first_model(pipe))) < 1e-3
+
+
+def test_the_second_model_is_asked_the_same() -> None:
+    parts = load_parts(bundled_models()["moving_shapes_open_sora_plan"])
+    assert motion_gain(second_model(parts)) > 0.1
+    torch.nn.init.zeros_(parts.text_encoder.get_input_embeddings().weight)
+    assert abs(motion_gain(second_model(parts))) < 1e-3
