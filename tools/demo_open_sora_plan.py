@@ -215,17 +215,12 @@ def build_text_encoder(size: DitSize, vocab_size: int) -> MT5EncoderModel:
     exact = len(half) // 2  # distances with a bucket each; the others have one for each factor of the same size
     factor = (config.relative_attention_max_distance / exact) ** ((half - exact) / (len(half) - exact))
     far = torch.where(half < exact, half, exact * factor)
-    near, before, behind = -_NEAR * far, -_ONE_SIDE * far, torch.full_like(far, _OTHER_SIDE)
-    views = (
-        torch.cat((near, near)),
-        torch.cat((before, behind)),
-        torch.cat((behind, before)),
-        torch.zeros(2 * len(far)),
-    )
+    near, one, other = -_NEAR * far, -_ONE_SIDE * far, torch.full_like(far, _OTHER_SIDE)
+    views = [(near, near), (one, other), (other, one), (0 * far, 0 * far)]  # of words before and of words behind
     bias = encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # [buckets, heads]
     with torch.no_grad():
         for head in range(heads):
-            bias[:, head] = views[head % len(views)]
+            bias[:, head] = torch.cat(views[head % len(views)])
     return encoder
 
 
