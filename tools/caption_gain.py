@@ -57,36 +57,45 @@ def _can_exchange(scene: Scene) -> bool:
 class DemoModel:
     """What is asked of a model of either family.
 
-    `latents`: clean latents [B, C, T', H', W'] of video [B, 3, T, H, W]. `loss`: the loss of training, over texts [B],
-    clean latents, noise of their shape and one noise level, the s of (1 - s) * clean + s * noise.
+    `latents`: clean latents [B, C, T', H', W'] of video [B, 3, T, H, W]. `loss_with`: for texts [B], which it encodes
+    once, the loss of training over clean latents, noise of their shape and one noise level, the s of
+    (1 - s) * clean + s * noise.
     """
 
     latents: Callable[[Tensor], Tensor]
-    loss: Callable[[list[str], Tensor, Tensor, float], float]
+    loss_with: Callable[[list[str]], Callable[[Tensor, Tensor, float], float]]
 
 
 def first_model(pipe: HunyuanVideoPipeline) -> DemoModel:
     """HunyuanVideo's architecture: flow matching."""
 
-    def loss(texts: list[str], clean: Tensor, noise: Tensor, level: float) -> float:
+    def loss_with(texts: list[str]) -> Callable[[Tensor, Tensor, float], float]:
         tokens = tokenize(texts, pipe.tokenizer, pipe.tokenizer_2)
         text = encode_text(pipe.text_encoder, pipe.text_encoder_2, tokens)
-        return moving.velocity_loss(pipe.transformer, text, clean, noise, torch.full((len(clean),), level)).item()
+        return lambda clean, noise, level: moving.velocity_loss(
+            pipe.transformer, text, clean, noise, torch.full((len(clean),), level)
+        ).item()
 
-    return DemoModel(latents=lambda video: moving.moments_of(pipe.vae, video)[0], loss=loss)
+    return DemoModel(latents=lambda video: moving.moments_of(pipe.vae, video)[0], loss_with=loss_with)
 
 
 def second_model(parts: OpenSoraPlanParts) -> DemoModel:
     """Open-Sora-Plan's architecture: v-prediction, at the timestep with the level's signal-to-noise ratio."""
     alphas_cumprod = make_scheduler().alphas_cumprod
 
-    def loss(texts: list[str], clean: Tensor, noise: Tensor, level: float) -> float:
+    def loss_with(texts: list[str]) -> Callable[[Tensor, Tensor, float], float]:
         rows = [prompt_rows(text, guidance_scale=1.0)[0] if text else "" for text in texts]
         text = train_plan.encode_text(parts.transformer, parts.text_encoder, plan.tokenize(rows, parts.tokenizer))
-        t = train_plan.timestep_of(torch.full((len(clean),), level), alphas_cumprod)
-        return train_plan.v_loss(parts.transformer, text, clean, noise, t, alphas_cumprod).item()
 
-    return DemoModel(latents=lambda video: parts.vae.scale_latents(plan.moments_of(parts.vae, video)[0]), loss=loss)
+        def loss(clean: Tensor, noise: Tensor, level: float) -> float:
+            t = train_plan.timestep_of(torch.full((len(clean),), level), alphas_cumprod)
+            return train_plan.v_loss(parts.transformer, text, clean, noise, t, alphas_cumprod).item()
+
+        return loss
+
+    return DemoModel(
+        latents=lambda video: parts.vae.scale_latents(plan.moments_of(parts.vae, video)[0]), loss_with=loss_with
+    )
 
 
 @torch.no_grad()
@@ -110,8 +119,9 @@ def caption_gains(
         clean = model.latents(to_input(np.stack([render(s, 17, 64, 64) for s in scenes[some]])))
         noises = [torch.randn(clean.shape, generator=generator) for _ in sigmas]
         for name, texts in captions.items():
+            loss = model.loss_with(texts[some])
             for sigma, noise in zip(sigmas, noises, strict=True):
-                totals[sigma][name] += model.loss(texts[some], clean, noise, sigma) * len(clean) / num_clips
+                totals[sigma][name] += loss(clean, noise, sigma) * len(clean) / num_clips
     return {
         sigma: {name: value if name == "right" else value - of["right"] for name, value in of.items()}
         for sigma, of in totals.items()
